@@ -1,0 +1,1 @@
+"""WEMoE at close to the speed of a single model."""
