@@ -1,1 +1,36 @@
-"""WEMoE at close to the speed of a single model."""
+"""WEMoE at close to the speed of a single model.
+
+Weight-Ensembling Mixture of Experts (Tang et al., ICML 2024, arXiv 2402.00433): models fine-tuned from one
+pretrained Transformer as one model, whose MLPs are merged for every sample.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from .checkpoint import load, save
+from .errors import CheckpointError, ConfigError, InputError, UnknownArchitectureError, WEMoEError
+from .mlp import FastWEMoEMLP
+from .ops import merged_linear, route
+from .router import Router
+from .upscale import accelerate_, expert_names, task_arithmetic, upscale, weight_average, wemoe_layers
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "FastWEMoEMLP",
+    "InputError",
+    "Router",
+    "UnknownArchitectureError",
+    "WEMoEError",
+    "accelerate_",
+    "expert_names",
+    "load",
+    "merged_linear",
+    "route",
+    "save",
+    "task_arithmetic",
+    "upscale",
+    "weight_average",
+    "wemoe_layers",
+]

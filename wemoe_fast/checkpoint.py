@@ -1,0 +1,470 @@
+"""Checkpoints: a WEMoE model as a directory in Hugging Face's layout, and ordinary checkpoints read safely.
+
+    config.json                     of the base model (Hugging Face models)
+    model.safetensors               or shards and model.safetensors.index.json
+    wemoe.json                      format version, experts, layers and their routers
+    tokenizer and processor files   carried along
+    README.md                       a model card
+
+safetensors only: a pickle file can run code when it is opened, so none is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import __version__
+from .card import model_card
+from .errors import CheckpointError
+from .mlp import FastWEMoEMLP
+from .router import Router
+from .task_vectors import MergedLinear
+from .upscale import MergeInfo, install, merge_info, wemoe_layers
+
+FORMAT_VERSION = 1
+WEMOE_FILE = "wemoe.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CARRIED = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.spm",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+)
+"""Files next to a model that belong to its inputs; copied as they are."""
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    files_from: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 << 30,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model made by ``upscale``, ``merge`` or ``accelerate_``.
+
+    The directory appears under its name only when it is complete; a failure leaves what was there before.
+
+    Args:
+        model: holds at least one ``FastWEMoEMLP``.
+        directory: new, empty, or replaced as a whole with ``overwrite``.
+        files_from: a directory whose tokenizer and processor files are carried along.
+        settings: noted in ``wemoe.json`` and on the model card (recipe, adaptation, ...).
+        max_shard_bytes: tensors are spread over files of at most this size (one tensor may exceed it).
+        overwrite: replace a directory that is not empty.
+
+    Raises:
+        CheckpointError: nothing to save, or the directory is not empty.
+    """
+    layers = wemoe_layers(model)
+    if not layers:
+        raise CheckpointError(f"save: expected a model with FastWEMoEMLP layers, found none in {type(model).__name__}")
+    info = merge_info(model)
+    tensors, aliases = _distinct_tensors(model)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "wemoe_fast": __version__,
+        **_model_class(model),
+        "experts": list(info.experts),
+        "emptied": list(info.emptied),
+        "layers": {path: _describe(layer) for path, layer in layers.items()},
+        "aliases": aliases,
+        "settings": {**info.settings, **(settings or {})},
+    }
+    with replaced_directory(Path(directory), overwrite=overwrite) as target:
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_json_file"):
+            config.architectures = [type(model).__name__]
+            config.to_json_file(target / "config.json")
+        if files_from is not None:
+            carry_files(Path(files_from), target)
+        _write_weights(tensors, target, max_shard_bytes)
+        _write_json(target / WEMOE_FILE, description)
+        (target / "README.md").write_text(model_card(description), encoding="utf-8")
+    return Path(directory)
+
+
+def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
+    """Read a directory written by :func:`save`; in evaluation mode, on the CPU, in the dtypes stored.
+
+    Args:
+        directory: holds ``wemoe.json``.
+        base: for models that are not from Hugging Face: a module of the base's architecture, whose MLPs and
+            weights are replaced in place.
+
+    Raises:
+        CheckpointError: files missing, damaged or of another format version; every tensor that is missing,
+            left over or of another shape, at once.
+    """
+    directory = Path(directory)
+    description = read_description(directory)
+    try:
+        layers = {path: _build(layer) for path, layer in description["layers"].items()}
+        info = MergeInfo(tuple(description["experts"]), tuple(description["emptied"]), dict(description["settings"]))
+        aliases = dict(description["aliases"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory / WEMOE_FILE}: expected the description of a WEMoE model, found: {error!r}"
+        ) from error
+    if set(layers) == {""}:
+        model = install(next(iter(layers.values())), layers, info)
+    else:
+        skeleton = _skeleton(directory, description) if base is None else base
+        try:
+            model = install(skeleton, layers, info)
+        except (AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"{directory}: its layers do not fit {type(skeleton).__name__}: {error}. It was saved with "
+                f"{_versions(description)}"
+            ) from error
+    _fill(model, _read_weights(directory), aliases, f"{directory}, saved with {_versions(description)}")
+    return model.eval()
+
+
+def is_wemoe_directory(directory: str | Path) -> bool:
+    """True where :func:`load` applies, not :func:`load_pretrained`."""
+    return (Path(directory) / WEMOE_FILE).is_file()
+
+
+def load_pretrained(directory: str | Path, model_class: str | None = None) -> nn.Module:
+    """Read an ordinary Hugging Face checkpoint (safetensors), in evaluation mode, in the dtype stored.
+
+    Args:
+        directory: a local directory with ``config.json`` and safetensors weights.
+        model_class: a class of ``transformers``; by default the one ``config.json`` names.
+
+    Raises:
+        CheckpointError: files missing, damaged or pickled; weights the class needs and the files lack.
+    """
+    directory = Path(directory)
+    for path in _weight_files(directory):
+        _read_header(path)
+    transformers = import_transformers()
+    cls = _transformers_class(directory, model_class or _architecture(directory))
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    dtype = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    try:
+        model, report = cls.from_pretrained(
+            str(directory), local_files_only=True, use_safetensors=True, output_loading_info=True, **{dtype: "auto"}
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}: could not be read as {cls.__name__}: {error}") from error
+    problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    problems += [f"{name} is not part of {cls.__name__}" for name in sorted(report["unexpected_keys"])]
+    problems += [f"{mismatch} does not fit" for mismatch in report["mismatched_keys"]]
+    if problems:
+        raise CheckpointError.of(f"{directory}, read as {cls.__name__}", problems)
+    module: nn.Module = model.eval()
+    return module
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The content of ``wemoe.json``; CheckpointError where there is none or of another format version."""
+    path = directory / WEMOE_FILE
+    if not path.is_file():
+        found = "no such directory" if not directory.is_dir() else "an ordinary directory"
+        raise CheckpointError(f"{directory}: expected a WEMoE checkpoint with {WEMOE_FILE}, found {found}")
+    description = _read_json(path)
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; it was written by another "
+            "version of wemoe-fast"
+        )
+    return description
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer and processor files of a model directory."""
+    for pattern in CARRIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new sibling of ``directory`` to write to, which takes its place only when the block ends well."""
+    check_output(directory, overwrite=overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if directory.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            os.replace(directory, retired)
+            os.replace(temporary, directory)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(directory: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, unless it may be replaced."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: expected a directory to write to, found a file")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise CheckpointError(
+            f"{directory}: expected a new or empty directory, found {len(list(directory.iterdir()))} entries; "
+            "name another or pass overwrite (--overwrite)"
+        )
+
+
+def import_transformers() -> Any:
+    """The transformers package, or a CheckpointError that says how to get it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(
+            'transformers is needed for Hugging Face checkpoints: pip install "wemoe-fast[hf]"'
+        ) from error
+    return transformers
+
+
+def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's tensors, each memory once, and which names stand for which (tied weights, shared routers)."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, aliases
+
+
+def _model_class(model: nn.Module) -> dict[str, Any]:
+    if type(model).__module__.startswith("transformers."):
+        return {"model_class": type(model).__name__, "transformers": import_transformers().__version__}
+    return {"model_class": None}
+
+
+def _describe(layer: FastWEMoEMLP) -> dict[str, Any]:
+    router = layer.router
+    return {
+        "in_features": layer.up.stack.shape[2],
+        "hidden_features": layer.up.stack.shape[1],
+        "out_features": layer.down.stack.shape[1],
+        "activation": layer.activation,
+        "gated": layer.gate is not None,
+        "bias": [role for role in ("up", "down", "gate") if getattr(getattr(layer, role), "bias", None) is not None],
+        "batch_first": layer.batch_first,
+        "batch_invariant": layer.batch_invariant,
+        "router": {
+            "num_experts": router.num_experts,
+            "depth": router.depth,
+            **router.normalization.to_dict(),
+            "batch_reduce": router.batch_reduce,
+            "in_features": router.in_features,
+            "hidden_features": None if router.hidden is None else router.hidden.out_features,
+            "prefix_features": None if router.prefix is None else router.prefix.numel(),
+        },
+    }
+
+
+def _build(layer: dict[str, Any]) -> FastWEMoEMLP:
+    """An uninitialised layer of that description."""
+    settings = dict(layer["router"])
+    prefix = settings.pop("prefix_features")
+    experts, in_features = settings.pop("num_experts"), settings.pop("in_features")
+    router = Router(in_features + (prefix or 0), experts, **settings)
+    router.in_features = in_features
+    if prefix is not None:
+        router.register_buffer("prefix", torch.empty(prefix))
+    d, h, out = layer["in_features"], layer["hidden_features"], layer["out_features"]
+    bias = set(layer["bias"])
+    return FastWEMoEMLP(
+        router=router,
+        up=MergedLinear.empty(experts, h, d, "up" in bias),
+        down=MergedLinear.empty(experts, out, h, "down" in bias),
+        gate=MergedLinear.empty(experts, h, d, "gate" in bias) if layer["gated"] else None,
+        activation=layer["activation"],
+        batch_first=layer["batch_first"],
+        batch_invariant=layer["batch_invariant"],
+    )
+
+
+def _skeleton(directory: Path, description: dict[str, Any]) -> nn.Module:
+    name = description["model_class"]
+    if name is None:
+        raise CheckpointError(
+            f"{directory}: it was made from a model outside of Hugging Face transformers; pass a module of the base's "
+            "architecture: load(directory, base=module)"
+        )
+    transformers = import_transformers()
+    cls = _transformers_class(directory, name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        model: nn.Module = cls(config)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / 'config.json'}: could not be read as {name}: {error}") from error
+    return model
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], subject: str) -> None:
+    """Give the model the tensors, in their dtypes, all of them or none."""
+    targets = model.state_dict(keep_vars=True)
+    problems = [f"{name} is missing" for name in targets if name not in tensors and name not in aliases]
+    problems += [f"{name} is not part of the model" for name in tensors if name not in targets]
+    problems += [
+        f"{name} is said to be {stored}, which is missing" for name, stored in aliases.items() if stored not in tensors
+    ]
+    for name in targets.keys() & tensors.keys():
+        ours, theirs = targets[name], tensors[name]
+        if ours.shape != theirs.shape:
+            problems.append(f"{name}: expected shape {tuple(ours.shape)}, found {tuple(theirs.shape)}")
+        elif ours.is_floating_point() != theirs.is_floating_point():
+            problems.append(f"{name}: expected a dtype like {ours.dtype}, found {theirs.dtype}")
+    if problems:
+        raise CheckpointError.of(subject, sorted(problems))
+    for name, tensor in tensors.items():
+        targets[name].data = tensor
+    for name, stored in aliases.items():
+        if name in targets and targets[name] is not targets[stored]:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, targets[stored])
+
+
+def _write_weights(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        return
+    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, directory / name, metadata={"format": "pt"})
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    tensors[name] = file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+    return tensors
+
+
+def _read_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in a fixed order."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    if (directory / WEIGHTS_FILE).is_file():
+        return [directory / WEIGHTS_FILE]
+    if not (directory / INDEX_FILE).is_file():
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{directory}: expected safetensors, found pickle files ({', '.join(pickles)}), which can run code "
+                'when opened. If you trust them, convert once: python -c "from transformers import AutoModel; '
+                f"AutoModel.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
+            )
+        raise CheckpointError(f"{directory}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither")
+    index = _read_json(directory / INDEX_FILE)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()) or not names:
+        raise CheckpointError(f"{directory / INDEX_FILE}: expected a weight_map of tensor names to file names")
+    problems = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            problems.append(f"{name!r}: expected the name of a file in the same directory")
+        elif not (directory / name).is_file():
+            problems.append(f"{name} is missing")
+    if problems:
+        raise CheckpointError.of(str(directory / INDEX_FILE), problems)
+    return [directory / name for name in sorted(set(names.values()))]
+
+
+def _architecture(directory: Path) -> str:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: expected a Hugging Face checkpoint with config.json, found none")
+    architectures = _read_json(path).get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise CheckpointError(f'{path}: expected "architectures" to name the model\'s class, found {architectures!r}')
+    return architectures[0]
+
+
+def _transformers_class(directory: Path, name: str) -> Any:
+    transformers = import_transformers()
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CheckpointError(f"{directory}: expected a model class of transformers, found {name!r}")
+    return cls
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: could not be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _versions(description: dict[str, Any]) -> str:
+    used = [f"wemoe-fast {description.get('wemoe_fast')}"]
+    if description.get("transformers"):
+        used.append(f"transformers {description['transformers']}")
+    return ", ".join(used)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

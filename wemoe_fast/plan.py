@@ -1,0 +1,98 @@
+"""Which strategy runs a merged linear, with which group and slab sizes, and why.
+
+The cost model counts multiply-adds per sample of ``x_b W_b^T`` with T task vectors:
+
+- ``chunked``:  N h d for the product and (1+T) h d for merging, in a skinny product (K = 1+T) that runs
+  ``MERGE_COST`` times slower per operation than a large one;
+- ``factored``: (1+T) N h d, all in large products;
+- ``shared``:   N h d; the one merged weight is spread over the whole batch.
+
+So ``factored`` pays while ``(1+T) N < N + MERGE_COST (1+T)``, that is for very few tokens. The constants
+are measured; see benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+STRATEGIES = ("auto", "reference", "shared", "chunked", "factored")
+
+MERGE_COST = 3.0
+GROUP = 16
+WORKSPACE_BYTES = 64 << 20
+"""Upper bound of the temporary memory of one merged linear, forward or backward, whatever B, N and T are.
+
+A slab of merged weights, its outer-product twin in the backward pass, the slab of the stack in another dtype
+and converted activations take at most a quarter each. (A slab has at least 8 rows: the bound holds while
+8 rows of 1+T experts fit in a quarter.) The result itself is not counted.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision: ``group`` samples share a slab of ``rows`` output rows; products run in ``compute_dtype``."""
+
+    strategy: str
+    group: int
+    rows: int
+    compute_dtype: torch.dtype
+    reason: str
+
+
+@lru_cache
+def cpu_has_fast_low_precision() -> bool:
+    """True where this CPU multiplies 16-bit numbers natively (AVX-512 BF16, AMX or SVE BF16)."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products: that of ``x``, or float32 on a CPU that only emulates 16-bit products."""
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if low and x.device.type == "cpu" and not cpu_has_fast_low_precision() else x.dtype
+
+
+def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "auto") -> Plan:
+    """The plan for x [B, N, d], stack [1+T, h, d], routing_weights [B, T] or [1, T] (shared by the batch)."""
+    B, N, d = x.shape
+    T, h = stack.shape[0] - 1, stack.shape[1]
+    dtype = compute_dtype(x)
+    reason = "asked for"
+    if strategy == "auto":
+        if routing_weights.shape[0] == 1:
+            strategy, reason = "shared", "one merged weight serves the whole batch"
+        elif (1 + T) * N < N + MERGE_COST * (1 + T):
+            strategy, reason = "factored", f"{N} tokens: multiplying by every task vector beats merging them"
+        else:
+            strategy, reason = "chunked", f"{N} tokens: merging costs less than {T} more products"
+    if strategy == "shared" and routing_weights.shape[0] != 1 and B != 1:
+        raise InputError(
+            "strategy 'shared': expected routing_weights with one row for the whole batch, "
+            f"found {tuple(routing_weights.shape)} for {B} samples; use 'chunked' or 'auto'"
+        )
+    quarter = WORKSPACE_BYTES // 4
+    size = max(dtype.itemsize, stack.dtype.itemsize)
+    if strategy == "factored":
+        rows = _fit(h, quarter, (1 + T) * d * size)
+        group = _fit(B, quarter, N * ((1 + T) * rows + d) * size)
+        return Plan(strategy, group, rows, dtype, reason)
+    group = 1 if strategy == "shared" else min(GROUP, max(B, 1))
+    converted = 1 + T if stack.dtype != dtype else 0
+    return Plan(strategy, group, _fit(h, quarter, max(group, converted) * d * size), dtype, reason)
+
+
+def _fit(wanted: int, budget: int, unit: int) -> int:
+    """As many of ``wanted`` as a budget holds, at least 1 (8 for long ranges), a multiple of 8 where possible."""
+    count = min(wanted, budget // max(unit, 1))
+    if count >= wanted:
+        return max(wanted, 1)
+    return max(min(8, wanted), count // 8 * 8) if wanted >= 8 else max(1, count)

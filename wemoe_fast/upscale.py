@@ -1,0 +1,254 @@
+"""Model surgery: turn a model and its fine-tuned versions into one WEMoE model, or speed up one there is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError
+from .families import find_mlps
+from .interop import is_wemoe
+from .masks import connect
+from .mlp import FastWEMoEMLP
+from .task_vectors import check_experts
+
+
+@dataclass(frozen=True)
+class MergeInfo:
+    """What a merged model knows about its making; its attribute ``wemoe_info``.
+
+    ``experts``: names in the order of the routing weights. ``emptied``: paths of the modules replaced by
+    ``nn.Identity``. ``settings``: how it was merged and adapted, for people to read.
+    """
+
+    experts: tuple[str, ...]
+    emptied: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def upscale(
+    base: nn.Module,
+    experts: Mapping[str, nn.Module],
+    *,
+    merge_lambda: float = 0.3,
+    router_depth: int = 2,
+    init_lambda: float | None = None,
+    normalization: str = "identity",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    batch_reduce: bool = False,
+    batch_invariant: bool = False,
+    seed: int | None = None,
+) -> nn.Module:
+    """One WEMoE model of a pretrained model and T models fine-tuned from it (paper, section 3).
+
+    Every MLP becomes a ``FastWEMoEMLP``; everything else is merged by task arithmetic,
+    ``theta_0 + merge_lambda * sum_t (theta_t - theta_0)``.
+
+    Args:
+        base: the pretrained model; its MLPs are found by structure (``wemoe_fast.families``).
+        experts: name -> fine-tuned model of the same architecture. Nothing given is changed or referenced.
+        merge_lambda: task arithmetic's coefficient outside the MLPs.
+        router_depth, init_lambda, normalization, temperature, top_k, batch_reduce: see ``Router``;
+            ``init_lambda`` is ``merge_lambda`` unless given.
+        batch_invariant: see ``FastWEMoEMLP``.
+        seed: makes the routers' initialisation repeatable; the global generator is used without.
+
+    Returns:
+        A copy of ``base`` in evaluation mode; only its routers require gradients. Attention masks given to it
+        reach the routers as token masks.
+
+    Raises:
+        UnknownArchitectureError: no MLP found; lists what looks like one.
+        InputError: experts that do not fit the base, everything at once.
+    """
+    check_models(base, experts)
+    sites = find_mlps(base)
+    expert_sites = {name: {site.path: site for site in find_mlps(expert)} for name, expert in experts.items()}
+    model = task_arithmetic(base, experts, merge_lambda)
+    with _seeded(seed):
+        layers = {
+            site.path: FastWEMoEMLP.from_parts(
+                site.parts,
+                {name: found[site.path].parts for name, found in expert_sites.items()},
+                router_depth=router_depth,
+                init_lambda=merge_lambda if init_lambda is None else init_lambda,
+                normalization=normalization,
+                temperature=temperature,
+                top_k=top_k,
+                batch_reduce=batch_reduce,
+                batch_invariant=batch_invariant,
+                subject=f"MLP {site.path!r}",
+            )
+            for site in sites
+        }
+    settings = {"merge_lambda": merge_lambda, "init_lambda": merge_lambda if init_lambda is None else init_lambda}
+    emptied = tuple(path for site in sites for path in site.emptied)
+    return install(model, layers, MergeInfo(tuple(experts), emptied, settings))
+
+
+def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInfo) -> nn.Module:
+    """Put WEMoE layers into a model in place: replace ``layers``' paths, empty others, connect the masks.
+
+    Returns the model (the layer itself where its path is "").
+    """
+    for path in info.emptied:
+        set_module(model, path, nn.Identity())
+    for path, layer in layers.items():
+        if path == "":
+            model = layer
+        else:
+            set_module(model, path, layer)
+    model.eval().requires_grad_(False)
+    for layer in layers.values():
+        layer.router.requires_grad_(True)
+    connect(model, layers)
+    object.__setattr__(model, "wemoe_info", info)
+    return model
+
+
+def task_arithmetic(base: nn.Module, experts: Mapping[str, nn.Module], scaling: float = 0.3) -> nn.Module:
+    """theta_0 + scaling * sum_t (theta_t - theta_0) (Ilharco et al., ICLR 2023); a new model in evaluation mode.
+
+    Sums are formed in float32 or wider. Integer tensors and buffers are the base's.
+    """
+    check_models(base, experts)
+    merged = copy.deepcopy(base).eval()
+    others = [dict(expert.named_parameters()) for expert in experts.values()]
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            pretrained = parameter.to(wide)
+            total = torch.zeros_like(pretrained)
+            for tensors in others:
+                total += tensors[name].to(wide) - pretrained
+            parameter.copy_(pretrained + scaling * total)
+    return merged
+
+
+def weight_average(base: nn.Module, experts: Mapping[str, nn.Module]) -> nn.Module:
+    """The mean of the experts' weights."""
+    return task_arithmetic(base, experts, 1 / max(1, len(experts)))
+
+
+def check_models(base: nn.Module, experts: Mapping[str, nn.Module]) -> None:
+    """Raise ``InputError`` with every parameter in which an expert does not fit the base."""
+    check_experts(
+        dict(base.named_parameters()),
+        {name: dict(expert.named_parameters()) for name, expert in experts.items()},
+        f"merging into {type(base).__name__}",
+    )
+
+
+def wemoe_layers(model: nn.Module) -> dict[str, FastWEMoEMLP]:
+    """The WEMoE layers of a model by dotted path, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FastWEMoEMLP)}
+
+
+def merge_info(model: nn.Module) -> MergeInfo:
+    """What the model knows about its making; experts are numbered where nobody named them."""
+    info = getattr(model, "wemoe_info", None)
+    if isinstance(info, MergeInfo):
+        return info
+    layer = next(iter(wemoe_layers(model).values()), None)
+    return MergeInfo(tuple(str(t) for t in range(0 if layer is None else layer.num_experts)))
+
+
+def expert_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the experts merged into a model, in the order of its routing weights."""
+    return merge_info(model).experts
+
+
+class Acceleration:
+    """What :func:`accelerate_` did to one model; a context manager that undoes it at the end."""
+
+    def __init__(self, model: nn.Module, originals: dict[str, nn.Module], handles: list[Any]) -> None:
+        self.model, self.originals, self._handles = model, originals, handles
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Dotted paths of the modules replaced."""
+        return tuple(self.originals)
+
+    def undo(self) -> nn.Module:
+        """Put the original modules back, the very same objects; a second call does nothing.
+
+        What was trained meanwhile stays: routers share their parameters with the originals.
+        """
+        for handle in self._handles:
+            handle.remove()
+        for path, module in self.originals.items():
+            set_module(self.model, path, module)
+        self.originals, self._handles = {}, []
+        return self.model
+
+    def __enter__(self) -> nn.Module:
+        return self.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def accelerate_(model: nn.Module, *, token_masks: bool = False) -> Acceleration:
+    """Replace every WEMoE module of FusionBench or of the authors in a model, in place, on this instance only.
+
+    Outputs and router gradients stay what they were, to rounding; routers keep their parameters, so an
+    optimiser made before goes on working.
+
+    Args:
+        model: holds at least one such module below it (for a single module see ``FastWEMoEMLP.from_wemoe``).
+        token_masks: let attention masks reach the routers. Off by default, because it changes the result for
+            the better: the modules replaced average padding tokens into the routing.
+
+    Returns:
+        A handle: ``handle.undo()`` puts everything back; or use it as a context manager.
+
+    Raises:
+        InputError: no such module in the model.
+    """
+    places: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        inside_another = any(path.startswith(found + ".") for found in places)
+        if path and not inside_another and is_wemoe(module):
+            places[path] = module
+    if not places:
+        raise InputError(
+            f"accelerate_: expected WEMoE modules below {type(model).__name__}, found none; for a single module "
+            "use FastWEMoEMLP.from_wemoe, to merge models use upscale"
+        )
+    replacements: dict[int, FastWEMoEMLP] = {}
+    for module in places.values():
+        if id(module) not in replacements:
+            replacements[id(module)] = FastWEMoEMLP.from_wemoe(module)
+    for path, module in places.items():
+        set_module(model, path, replacements[id(module)])
+    return Acceleration(model, places, connect(model, places) if token_masks else [])
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the submodule at a dotted path, in containers too."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if name not in owner._modules:
+        raise InputError(f"{type(model).__name__} has no submodule {path!r}")
+    owner._modules[name] = module
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """The global generator as if seeded, and afterwards as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
