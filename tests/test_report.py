@@ -28,14 +28,15 @@ def test_write_json_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: 
         with pytest.raises(InputError, match=r"results\.json: cannot be written as JSON"):
             write_json(path, bad)
 
-    def full(_descriptor: int) -> None:
+    def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_json(path, [2])
-    assert json.loads(path.read_text()) == [1]
-    assert os.listdir(tmp_path) == ["results.json"]
+    for last in ("replace", "fsync"):
+        monkeypatch.setattr(os, last, full)
+        with pytest.raises(OSError, match="No space"):
+            write_json(path, [2])
+        assert json.loads(path.read_text()) == [1]
+        assert os.listdir(tmp_path) == ["results.json"]
 
 
 ROWS = {"pretrained": {"texts": 0.5, "topics": 1.0}, "WEMoE": {"texts": 0.98765, "topics": 0.04}}

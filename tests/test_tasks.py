@@ -478,12 +478,18 @@ def test_images_by_class_folder(images: Path, image_model: Path) -> None:
     torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-5, rtol=0)
 
 
-def test_grey_images_become_rgb(images: Path, image_model: Path) -> None:
+def test_every_image_becomes_rgb(images: Path) -> None:
     from PIL import Image
 
     Image.fromarray(np.zeros((10, 12), dtype=np.uint8)).save(images / "bad" / "1.png")
-    samples = ImageFolderSamples(images, load_image_processor(image_model), CLASSES)
-    assert samples.batch([1])[0]["pixel_values"].shape == (1, 3, 8, 8)
+    seen: list[str] = []
+
+    def processor(images: list[Any], return_tensors: str) -> dict[str, Tensor]:
+        seen.extend(image.mode for image in images)
+        return {}
+
+    ImageFolderSamples(images, processor, CLASSES).batch([0, 1, 2])
+    assert seen == ["RGB"] * 3
 
 
 def test_unlabelled_images_may_lie_anywhere(images: Path, image_model: Path) -> None:

@@ -25,12 +25,11 @@ class RoutingRecord:
 
     def add(self, layer: str, weights: Tensor) -> None:
         """Add routing weights [B, T] of one call."""
-        with torch.no_grad():
-            weights = weights.detach()
-            weights = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
-            signed, absolute = weights.sum(0), weights.abs().sum(0)
-            if layer in self._sums:
-                signed, absolute = self._sums[layer][0] + signed, self._sums[layer][1] + absolute
+        weights = weights.detach()
+        weights = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
+        signed, absolute = weights.sum(0), weights.abs().sum(0)
+        if layer in self._sums:
+            signed, absolute = self._sums[layer][0] + signed, self._sums[layer][1] + absolute
         self._sums[layer] = (signed, absolute)
         self._counts[layer] += weights.shape[0]
 

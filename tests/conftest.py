@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wemoe_fast import chunked, factored, plan, reference, token_mean
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        fresh = torch.empty(3), torch.zeros(3).new_empty(3), torch.empty_like(torch.zeros(3))
+        assert all(t.isnan().all() for t in fresh)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def set_plan(monkeypatch: pytest.MonkeyPatch, **constants: int) -> None:
+    """Constants of the plan, in every module that reads them."""
+    for name, value in constants.items():
+        for module in (plan, chunked, factored, token_mean):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 3 samples, slabs of 8 rows, blocks of a few tokens: every loop runs, with ragged ends."""
+    set_plan(monkeypatch, GROUP=3, WORKSPACE_BYTES=2048)
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| over all elements; 0 for no elements; NaN is infinite."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not actual.numel():
+        return 0.0
+    error = (actual.detach().double() - expected.detach().double()).norm() / (expected.detach().double().norm() + 1e-300)
+    return float("inf") if error.isnan() else float(error)
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference."""
+    assert actual.shape == expected.shape
+    if not actual.numel():
+        return 0.0
+    error = (actual.detach().double() - expected.detach().double()).abs().max()
+    return float("inf") if error.isnan() else float(error)
+
+
+def merged_inputs(
+    B: int, N: int, T: int, *, d: int = 13, h: int = 21, bias: bool = True, rows: int | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Inputs of merged_linear that all require grad; ``rows`` of routing weights, B unless given."""
+    values = {
+        "x": torch.randn(B, N, d),
+        "stack": torch.randn(1 + T, h, d) / d**0.5,
+        "routing_weights": 0.3 + 0.3 * torch.randn(B if rows is None else rows, T),
+    }
+    values["stack"][1:] *= 0.3
+    if bias:
+        values["bias"] = torch.randn(1 + T, h) * 0.5
+    return {name: leaf(value.to(**options)) for name, value in values.items()}
+
+
+def leaf(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return value.detach().clone().to(dtype or value.dtype).requires_grad_()
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], dy: Tensor | None = None, **settings: Any
+) -> dict[str, Tensor]:
+    """The result "y" of function(**inputs, **settings) and the gradients by input name; dy is all ones unless given."""
+    y = function(**inputs, **settings)
+    wanted = {name: value for name, value in inputs.items() if value.requires_grad}
+    grads = torch.autograd.grad(y, list(wanted.values()), torch.ones_like(y) if dy is None else dy.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def oracle(inputs: dict[str, Tensor], activation: str | None = None, dy: Tensor | None = None) -> dict[str, Tensor]:
+    """The reference in float64, on the same rounded inputs."""
+    return in_dtype(torch.float64, inputs, activation, dy)
+
+
+def in_dtype(
+    dtype: torch.dtype, inputs: dict[str, Tensor], activation: str | None = None, dy: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The reference in another dtype."""
+    converted = {
+        name: value.detach().to(dtype).requires_grad_(value.requires_grad) for name, value in inputs.items()
+    }
+    return gradients(reference.merged_linear, converted, dy, activation=activation)
+
+
+def peak_bytes(function: Callable[[], Any]) -> tuple[int, int, Any]:
+    """Largest number of bytes allocated at once, bytes still allocated at the end, and the result.
+
+    Read off the CPU allocator, so it sees what happens inside of registered operators.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    now = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, now, result

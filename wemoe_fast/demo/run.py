@@ -1,0 +1,180 @@
+"""The demo: the public verbs on what ``prepare`` wrote."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapt import adapt
+from ..checkpoint import load, save
+from ..comparison import compare, environment, table, write_comparison
+from ..config import load_recipe
+from ..errors import WEMoEError
+from ..evaluate import Evaluation
+from ..merge import baselines, load_recipe_models, merge
+from ..report import write_json
+from ..tasks import Task, load_tasks
+from ..throughput import interleaved_seconds, medians, relative_rms
+from ..upscale import task_arithmetic, wemoe_layers
+from .prepare import Prepared, prepare
+
+ADAPTATION: dict[str, Any] = {"steps": 40, "lr": 1e-3, "batch_size": 8, "routing": "per_sample"}
+QUICK_STEPS = 3
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    cache_dir: str | Path | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Merge four fine-tuned MiniLMs, adapt the routers without labels, evaluate, time; print what came out.
+
+    Args:
+        out: everything is written below; files of an earlier run are replaced.
+        seed: of data, experts, routers and adaptation.
+        quick: a smoke test: little data, few steps.
+        cache_dir: where downloads and experts are kept.
+        device: torch device of adaptation and evaluation.
+
+    Returns:
+        the content of ``demo.json``.
+    """
+    out = Path(out)
+    seconds: dict[str, float] = {}
+    with _stage("prepare data and experts", seconds, progress):
+        prepared = prepare(cache_dir, out, seed=seed, quick=quick, progress=progress)
+    recipe = load_recipe(prepared.recipe)
+    recipe = type(recipe)(**{**vars(recipe), "seed": seed})
+    merged_dir, adapted_dir = out / "merged", out / "adapted"
+    with _stage("merge", seconds, progress):
+        merge(recipe, merged_dir, overwrite=True)
+    with _stage("adapt", seconds, progress):
+        model = load(merged_dir).to(device)
+        tasks = load_tasks(prepared.tasks, merged_dir)
+        settings = ADAPTATION | ({"steps": QUICK_STEPS} if quick else {})
+        adaptation = adapt(model, tasks, seed=seed, progress=progress, **settings)
+        save(model, adapted_dir, files_from=merged_dir, settings={"adaptation": settings}, overwrite=True)
+        write_json(out / "adaptation.json", adaptation.to_json())
+
+    def rows() -> Iterator[tuple[str, nn.Module]]:
+        yield from baselines(recipe, experts=True)
+        yield "WEMoE, before adaptation", load(merged_dir)
+        yield "WEMoE, adapted", load(adapted_dir)
+
+    with _stage("evaluate", seconds, progress):
+        results, names = compare(rows(), tasks, device=device, progress=progress)
+        files = write_comparison(
+            results, names, out / "results", settings={"seed": seed, "quick": quick, **settings}, overwrite=True
+        )
+    with _stage("measure throughput", seconds, progress):
+        throughput = _throughput(load(adapted_dir).to(device), prepared, tasks, repeats=3 if quick else 7)
+
+    content = {
+        "environment": environment(),
+        "seed": seed,
+        "quick": quick,
+        "adaptation": settings,
+        "accuracy": {name: row.accuracy | {"mean": row.mean} for name, row in results.items()},
+        "experts_mean": _experts_mean(results),
+        "throughput": throughput,
+        "seconds": seconds | {f"prepare: {k}": v for k, v in prepared.seconds.items()},
+        "experts_cached": prepared.cached,
+    }
+    write_json(out / "demo.json", content)
+    _print_summary(content, results, prepared, files["routing WEMoE, adapted"], out)
+    return content
+
+
+def _experts_mean(results: dict[str, Evaluation]) -> float:
+    """Every expert on its own task: what merging tries to keep."""
+    own = {name.removeprefix("expert "): row for name, row in results.items() if name.startswith("expert ")}
+    return sum(row.accuracy[name] for name, row in own.items()) / len(own)
+
+
+def _throughput(model: nn.Module, prepared: Prepared, tasks: list[Task], repeats: int) -> dict[str, Any]:
+    """Samples per second on one mixed batch: WEMoE, the plain loop over samples, the statically merged model."""
+    base, experts = load_recipe_models(load_recipe(prepared.recipe))
+    device = next(model.parameters()).device
+    static = task_arithmetic(base, experts).to(device)
+    task = tasks[0]
+    inputs = {name: tensor.to(device) for name, tensor in task.data.batch(range(min(64, len(task.data))))[0].items()}
+    batch, tokens = inputs["input_ids"].shape
+    layers = list(wemoe_layers(model).values())
+
+    def run(module: nn.Module, strategy: str | None = None) -> torch.Tensor:
+        for layer in layers if strategy else ():
+            layer.strategy = strategy or "auto"
+        with torch.inference_mode():
+            result: torch.Tensor = module(**inputs).last_hidden_state
+        return result
+
+    error = relative_rms(run(model, "auto"), run(model, "reference"))
+    if not error < 1e-4:
+        raise WEMoEError(f"demo: the fast path differs from the plain loop by a relative RMS of {error:.1e}")
+    seconds = medians(
+        interleaved_seconds(
+            {
+                "statically merged model": lambda: run(static),
+                "WEMoE, wemoe-fast": lambda: run(model, "auto"),
+                "WEMoE, plain loop over samples": lambda: run(model, "reference"),
+            },
+            repeats=repeats,
+        )
+    )
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "relative_rms_to_loop": error,
+        "repeats": repeats,
+        "samples_per_second": {name: batch / value for name, value in seconds.items()},
+    }
+
+
+def _print_summary(
+    content: dict[str, Any], results: dict[str, Evaluation], prepared: Prepared, heatmap: Path, out: Path
+) -> None:
+    speeds = content["throughput"]["samples_per_second"]
+    static = speeds["statically merged model"]
+    adapted, best = results["WEMoE, adapted"].mean, content["experts_mean"]
+    lines = [
+        "",
+        "Accuracy in percent on test texts, per-sample routing" + (" (quick: little data)" if content["quick"] else ""),
+        "",
+        table(results),
+        "",
+        f"Mean of the experts on their own tasks: {100 * best:.1f}; WEMoE keeps {100 * adapted / best:.1f} % of it.",
+        "",
+        f"Samples per second, batch of {content['throughput']['batch']} texts of {content['throughput']['tokens']} tokens, "
+        f"{content['environment']['threads']} threads:",
+        *(f"  {name:<32}{speed:8.1f}   {speed / static:5.2f} x static" for name, speed in speeds.items()),
+        "",
+        "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in content["seconds"].items()),
+        "Experts were " + ("cached." if content["experts_cached"] else "fine-tuned in this run."),
+        "",
+        f"Routing heat map: {heatmap}",
+        f"Everything else:  {out.resolve()}",
+        "",
+        "Made from:",
+        *(f"  {c.name}: {c.what}; {c.licence}; {c.origin}" for c in prepared.credits),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
+    if progress:
+        sys.stderr.write(f"\n== {name}\n")
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
