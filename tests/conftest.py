@@ -46,7 +46,9 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not actual.numel():
         return 0.0
-    error = (actual.detach().double() - expected.detach().double()).norm() / (expected.detach().double().norm() + 1e-300)
+    error = (actual.detach().double() - expected.detach().double()).norm() / (
+        expected.detach().double().norm() + 1e-300
+    )
     return float("inf") if error.isnan() else float(error)
 
 
@@ -97,9 +99,7 @@ def in_dtype(
     dtype: torch.dtype, inputs: dict[str, Tensor], activation: str | None = None, dy: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The reference in another dtype."""
-    converted = {
-        name: value.detach().to(dtype).requires_grad_(value.requires_grad) for name, value in inputs.items()
-    }
+    converted = {name: value.detach().to(dtype).requires_grad_(value.requires_grad) for name, value in inputs.items()}
     return gradients(reference.merged_linear, converted, dy, activation=activation)
 
 

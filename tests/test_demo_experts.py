@@ -165,6 +165,23 @@ def test_an_expert_is_trained_once(base_dir: Path, head: Head, tmp_path: Path, m
     assert (third.path, third.cached) == (first.path, True)
 
 
+def test_an_expert_finished_by_another_process_meanwhile_is_used(
+    base_dir: Path, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tokenizer = experts._copy_tokenizer
+
+    def other_process(source: Path, scratch: Path) -> None:
+        save_tokenizer(source, scratch)
+        key = expert_key(base_dir, TEXTS, LABELS, PROMPTS, seed=0, training=ONE_STEP)
+        (tmp_path / f"fruit-{key}").mkdir()
+        (tmp_path / f"fruit-{key}" / "training.json").write_text("the other's")
+
+    monkeypatch.setattr(experts, "_copy_tokenizer", other_process)
+    made = expert(base_dir, TEXTS, LABELS, head, PROMPTS, tmp_path, name="fruit", seed=0, training=ONE_STEP)
+    assert (made.path / "training.json").read_text() == "the other's"
+    assert list(tmp_path.iterdir()) == [made.path]
+
+
 def test_the_cache_key_covers_all_that_training_depends_on(base_dir: Path, tmp_path: Path) -> None:
     other_base = tmp_path / "base"
     shutil.copytree(base_dir, other_base)

@@ -34,7 +34,8 @@ def model_card(description: dict[str, Any]) -> str:
         "```python",
         "from wemoe_fast import load",
         "",
-        'model = load("this/directory")' + ("" if description["model_class"] else "  # and base=your_module"),
+        'model = load("this/directory")'
+        + ("" if description["model_class"] or "" in layers else "  # and base=your_module"),
         "```",
     ]
     if description["settings"]:

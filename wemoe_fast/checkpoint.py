@@ -11,11 +11,12 @@ safetensors only: a pickle file can run code when it is opened, so none is read.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def save(
     with replaced_directory(Path(directory), overwrite=overwrite) as target:
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_json_file"):
+            config = copy.deepcopy(config)
             config.architectures = [type(model).__name__]
             config.to_json_file(target / "config.json")
         if files_from is not None:
@@ -112,8 +114,7 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: holds ``wemoe.json``.
-        base: for models that are not from Hugging Face: a module of the base's architecture, whose MLPs and
-            weights are replaced in place.
+        base: for models that are not from Hugging Face: a module of the base's architecture; it is copied.
 
     Raises:
         CheckpointError: files missing, damaged or of another format version; every tensor that is missing,
@@ -122,25 +123,24 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
     directory = Path(directory)
     description = read_description(directory)
     try:
-        layers = {path: _build(layer) for path, layer in description["layers"].items()}
-        info = MergeInfo(tuple(description["experts"]), tuple(description["emptied"]), dict(description["settings"]))
-        aliases = dict(description["aliases"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{directory / WEMOE_FILE}: expected the description of a WEMoE model, found: {error!r}"
-        ) from error
+        check_description(description)
+        with torch.device("meta"):
+            layers = {path: _build(layer) for path, layer in description["layers"].items()}
+    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{directory / WEMOE_FILE}: {error}") from error
+    info = MergeInfo(tuple(description["experts"]), tuple(description["emptied"]), description["settings"])
     if set(layers) == {""}:
-        model = install(next(iter(layers.values())), layers, info)
+        skeleton: nn.Module = layers[""]
     else:
-        skeleton = _skeleton(directory, description) if base is None else base
-        try:
-            model = install(skeleton, layers, info)
-        except (AttributeError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory}: its layers do not fit {type(skeleton).__name__}: {error}. It was saved with "
-                f"{_versions(description)}"
-            ) from error
-    _fill(model, _read_weights(directory), aliases, f"{directory}, saved with {_versions(description)}")
+        skeleton = _skeleton(directory, description) if base is None else copy.deepcopy(base).cpu()
+    try:
+        model = install(skeleton, layers, info)
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: its layers do not fit {type(skeleton).__name__}: {error}. It was saved with "
+            f"{_versions(description)}"
+        ) from error
+    _fill(model, _read_weights(directory), description["aliases"], f"{directory}, saved with {_versions(description)}")
     return model.eval()
 
 
@@ -160,6 +160,8 @@ def load_pretrained(directory: str | Path, model_class: str | None = None) -> nn
         CheckpointError: files missing, damaged or pickled; weights the class needs and the files lack.
     """
     directory = Path(directory)
+    if is_wemoe_directory(directory):
+        raise CheckpointError(f"{directory}: expected an ordinary checkpoint, found a WEMoE model ({WEMOE_FILE})")
     for path in _weight_files(directory):
         _read_header(path)
     transformers = import_transformers()
@@ -170,7 +172,7 @@ def load_pretrained(directory: str | Path, model_class: str | None = None) -> nn
         model, report = cls.from_pretrained(
             str(directory), local_files_only=True, use_safetensors=True, output_loading_info=True, **{dtype: "auto"}
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged config.json can fail anywhere in another package
         raise CheckpointError(f"{directory}: could not be read as {cls.__name__}: {error}") from error
     problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     problems += [f"{name} is not part of {cls.__name__}" for name in sorted(report["unexpected_keys"])]
@@ -197,6 +199,77 @@ def read_description(directory: Path) -> dict[str, Any]:
     return description
 
 
+def check_description(description: dict[str, Any]) -> None:
+    """Raise ``CheckpointError`` with everything in the content of ``wemoe.json`` that cannot be right."""
+    problems = _unlike(description, _DESCRIPTION, "")
+    layers = {} if problems else description["layers"]
+    if not problems and not layers:
+        problems.append("layers: expected at least one, found none")
+    for path, layer in layers.items():
+        problems += _unlike(layer, _LAYER, f"layers.{path}.")
+        if not isinstance(layer.get("router"), dict):
+            continue
+        problems += _unlike(layer["router"], _ROUTER, f"layers.{path}.router.")
+        expected, found = len(description["experts"]), layer["router"].get("num_experts")
+        if found != expected:
+            problems.append(f"layers.{path}.router.num_experts: expected {expected} as named, found {found!r}")
+    if problems:
+        raise CheckpointError.of("not the description of a WEMoE model", problems)
+
+
+def _unlike(content: dict[str, Any], kinds: dict[str, str], where: str) -> list[str]:
+    problems = []
+    for name, kind in kinds.items():
+        if name not in content:
+            problems.append(f"{where}{name} is missing")
+        elif not any(_KINDS[option](content[name]) for option in kind.split(" or ")):
+            problems.append(f"{where}{name}: expected {kind}, found {content[name]!r:.80}")
+    return problems
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a count": lambda value: type(value) is int and 0 <= value < 1 << 40,
+    "a number": lambda value: type(value) in (int, float),
+    "text": lambda value: isinstance(value, str),
+    "true/false": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "an object": lambda value: isinstance(value, dict),
+    "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "texts by name": lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
+    "objects by name": lambda value: isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()),
+}
+_DESCRIPTION = {
+    "model_class": "text or null",
+    "experts": "a list of texts",
+    "emptied": "a list of texts",
+    "layers": "objects by name",
+    "aliases": "texts by name",
+    "settings": "an object",
+}
+_LAYER = {
+    "in_features": "a count",
+    "hidden_features": "a count",
+    "out_features": "a count",
+    "activation": "text",
+    "gated": "true/false",
+    "bias": "a list of texts",
+    "batch_first": "true/false",
+    "batch_invariant": "true/false",
+    "router": "an object",
+}
+_ROUTER = {
+    "num_experts": "a count",
+    "depth": "a count",
+    "normalization": "text",
+    "temperature": "a number",
+    "top_k": "a count or null",
+    "batch_reduce": "true/false",
+    "in_features": "a count",
+    "hidden_features": "a count or null",
+    "prefix_features": "a count or null",
+}
+
+
 def carry_files(source: Path, target: Path) -> None:
     """Copy the tokenizer and processor files of a model directory."""
     for pattern in CARRIED:
@@ -209,20 +282,31 @@ def carry_files(source: Path, target: Path) -> None:
 def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new sibling of ``directory`` to write to, which takes its place only when the block ends well."""
     check_output(directory, overwrite=overwrite)
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        if directory.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-            os.replace(directory, retired)
-            os.replace(temporary, directory)
-            shutil.rmtree(retired)
+        check_output(directory, overwrite=overwrite)
+        if overwrite and directory.exists():
+            _swap(temporary, directory)
         else:
             os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, directory: Path) -> None:
+    """Put ``new`` in the place of a directory, or leave that one where it is."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    os.replace(directory, retired)
+    try:
+        os.replace(new, directory)
+    except BaseException:
+        os.replace(retired, directory)
+        raise
+    shutil.rmtree(retired)
 
 
 def check_output(directory: Path, *, overwrite: bool) -> None:
@@ -293,7 +377,7 @@ def _describe(layer: FastWEMoEMLP) -> dict[str, Any]:
 
 def _build(layer: dict[str, Any]) -> FastWEMoEMLP:
     """An uninitialised layer of that description."""
-    settings = dict(layer["router"])
+    settings = {name: layer["router"][name] for name in _ROUTER}
     prefix = settings.pop("prefix_features")
     experts, in_features = settings.pop("num_experts"), settings.pop("in_features")
     router = Router(in_features + (prefix or 0), experts, **settings)
@@ -324,34 +408,45 @@ def _skeleton(directory: Path, description: dict[str, Any]) -> nn.Module:
     cls = _transformers_class(directory, name)
     try:
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
-        model: nn.Module = cls(config)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = cls(config)
+    except Exception as error:  # a damaged config.json can fail anywhere in another package
         raise CheckpointError(f"{directory / 'config.json'}: could not be read as {name}: {error}") from error
     return model
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], subject: str) -> None:
+def _fill(model: nn.Module, stored: dict[str, Tensor], aliases: dict[str, str], subject: str) -> None:
     """Give the model the tensors, in their dtypes, all of them or none."""
     targets = model.state_dict(keep_vars=True)
-    problems = [f"{name} is missing" for name in targets if name not in tensors and name not in aliases]
-    problems += [f"{name} is not part of the model" for name in tensors if name not in targets]
-    problems += [
-        f"{name} is said to be {stored}, which is missing" for name, stored in aliases.items() if stored not in tensors
+    tensors = {**stored, **{name: stored[other] for name, other in aliases.items() if other in stored}}
+    problems = [
+        f"{name} is said to be {other}, which is missing" for name, other in aliases.items() if other not in stored
     ]
+    problems += [f"{name} is stored and said to be {aliases[name]}" for name in aliases if name in stored]
+    problems += [f"{name} is missing" for name in targets if name not in tensors and name not in aliases]
+    problems += [f"{name} is not part of the model" for name in (tensors.keys() | aliases) - targets.keys()]
     for name in targets.keys() & tensors.keys():
         ours, theirs = targets[name], tensors[name]
         if ours.shape != theirs.shape:
             problems.append(f"{name}: expected shape {tuple(ours.shape)}, found {tuple(theirs.shape)}")
         elif ours.is_floating_point() != theirs.is_floating_point():
             problems.append(f"{name}: expected a dtype like {ours.dtype}, found {theirs.dtype}")
+    first: dict[Tensor, str] = {}
+    for name in targets.keys() & stored.keys():
+        other = first.setdefault(targets[name], name)
+        if not torch.equal(stored[name], stored[other]):
+            problems.append(f"{name}: expected what {other} is, as the model ties them, found other values")
     if problems:
         raise CheckpointError.of(subject, sorted(problems))
-    for name, tensor in tensors.items():
+    for layer in wemoe_layers(model).values():
+        layer.to_empty(device="cpu")
+    targets = model.state_dict(keep_vars=True)
+    for name, tensor in stored.items():
         targets[name].data = tensor
-    for name, stored in aliases.items():
-        if name in targets and targets[name] is not targets[stored]:
+    for name, other in aliases.items():
+        if targets[name] is not targets[other]:
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, targets[stored])
+            setattr(model.get_submodule(parent), attribute, targets[other])
 
 
 def _write_weights(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
@@ -381,8 +476,10 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name in tensors:
+                        raise CheckpointError(f"{path}: {name} is in another file too")
                     tensors[name] = file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
     return tensors
 
@@ -391,7 +488,7 @@ def _read_header(path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             file.keys()
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
 
 

@@ -20,25 +20,8 @@ import torch
 from torch import Tensor
 
 from .activations import lookup
-from .plan import WORKSPACE_BYTES, Plan
-from .slabs import Gradients, coefficients, finish, spans, wide
-
-
-def blocks(x: Tensor, width: int, plan: Plan) -> Iterator[tuple[slice, slice]]:
-    """The (samples, tokens) of x [B, N, d] that are converted to the compute dtype at once.
-
-    Everything where nothing is converted, else as much as a quarter of the workspace holds at ``width``
-    numbers per token.
-    """
-    B, N = x.shape[:2]
-    if x.dtype == plan.compute_dtype == wide(x.dtype):
-        yield slice(0, B), slice(0, N)
-        return
-    tokens = max(1, WORKSPACE_BYTES // 4 // (width * wide(x.dtype).itemsize))
-    groups = tokens // max(1, N * plan.group)
-    for samples in spans(B, max(1, groups) * plan.group):
-        for part in spans(N, N if groups else max(1, tokens // plan.group)):
-            yield samples, part
+from .plan import Plan, tokens_in_a_quarter
+from .slabs import Gradients, blocks, coefficients, finish, spans, wide
 
 
 class _Merger:
@@ -64,32 +47,51 @@ class _Merger:
         return merged.view(coefficient.shape[0], -1, self.stack.shape[2]).to(self.dtype)
 
 
+def _converted(x: Tensor, width: int, plan: Plan, sums: int = 0) -> Iterator[tuple[slice, slice]]:
+    """The (samples, tokens) of x converted to the compute dtype at once; everything where nothing is converted.
+
+    ``width``: numbers per token to convert; ``sums``: numbers per token that are summed up in a wider dtype.
+    """
+    B, N = x.shape[:2]
+    numbers = (width if x.dtype != plan.compute_dtype else 0) + (sums if x.dtype != wide(x.dtype) else 0)
+    return blocks(B, N, tokens_in_a_quarter(numbers, wide(x.dtype)) if numbers else max(1, B * N), plan.group)
+
+
+def _multiply(x: Tensor, weight: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x [b, n, d] times weight [b, d, rows], plus shift [b, 1, rows]."""
+    if shift is None:
+        return torch.bmm(x, weight, out=out)
+    return torch.baddbmm(shift, x, weight, out=out)
+
+
 def forward(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, plan: Plan
 ) -> Tensor:
     """act(x_b W_b^T + c_b): x [B, N, d], routing_weights [B, T] or [1, T] -> [B, N, h] in the dtype of x."""
-    B, N, _ = x.shape
+    B, N, d = x.shape
     h = stack.shape[1]
     y = x.new_empty(B, N, h)
     coefficient = coefficients(routing_weights, B, wide(x.dtype))
     merged_bias = None if bias is None else (coefficient @ bias.to(coefficient.dtype)).to(plan.compute_dtype)
     merger = _Merger(stack, coefficient, plan)
     act = lookup(activation)
-    for samples, tokens in blocks(x, x.shape[2], plan):
+    # The activation needs the product and at most three temporaries of its size beside the result.
+    step = tokens_in_a_quarter(4 * plan.group * plan.rows, wide(x.dtype))
+    for samples, tokens in _converted(x, d, plan):
         x_block = x[samples, tokens].to(plan.compute_dtype)
         for rows in spans(h, plan.rows):
             slab = merger.slab(rows)
             for local in spans(x_block.shape[0], plan.group):
                 group = slice(samples.start + local.start, samples.start + local.stop)
                 weight = merger.merge(slab, group).mT
-                out = y[group, tokens, rows]
-                direct = out if activation == "none" and y.dtype == plan.compute_dtype else None
-                if merged_bias is None:
-                    product = torch.bmm(x_block[local], weight, out=direct)
-                else:
-                    product = torch.baddbmm(merged_bias[group, None, rows], x_block[local], weight, out=direct)
-                if direct is None:
-                    out.copy_(act(product))
+                out, shift = y[group, tokens, rows], None
+                if merged_bias is not None:
+                    shift = merged_bias[group, None, rows]
+                if activation == "none" and y.dtype == plan.compute_dtype:
+                    _multiply(x_block[local], weight, shift, out)
+                    continue
+                for part in spans(out.shape[1], step):
+                    out[:, part] = act(_multiply(x_block[local, part], weight, shift))
     return y
 
 
@@ -112,7 +114,7 @@ def backward(
     d_coefficient = coefficient.new_zeros(coefficient.shape) if need_weights else None
     d_stack = stack.new_zeros(stack.shape, dtype=wide(stack.dtype)) if need_stack else None
     merger = _Merger(stack, coefficient, plan)
-    for samples, tokens in blocks(x, 2 * d + h, plan):
+    for samples, tokens in _converted(x, d + h, plan, sums=d if need_x else 0):
         x_block, dy_block = (
             x[samples, tokens].to(plan.compute_dtype),
             dy[samples, tokens].to(plan.compute_dtype),
@@ -130,15 +132,16 @@ def backward(
                     if total == plan.compute_dtype:
                         dx_sum[local].baddbmm_(dy_slab, weight)
                     else:
-                        dx_sum[local] += torch.bmm(dy_slab, weight)
+                        for part in spans(dx_sum.shape[1], tokens_in_a_quarter(plan.group * d, total)):
+                            dx_sum[local, part] += torch.bmm(dy_slab[:, part], weight)
                 if d_coefficient is None and d_stack is None:
                     continue
                 outer = torch.bmm(dy_slab.mT, x_block[local]).flatten(1).to(merger.merge_dtype)
                 if d_coefficient is not None:
                     d_coefficient[group] += torch.mm(outer, slab.mT)
                 if d_stack is not None:
-                    d_slab = torch.mm(merger.coefficient[group].mT, outer)
-                    d_stack[:, rows] += d_slab.view(-1, rows.stop - rows.start, d)
+                    for t, weights in enumerate(merger.coefficient[group].unbind(dim=1)):
+                        d_stack[t, rows] += (weights @ outer).view(-1, d)
         if dx is not None and dx.dtype != total:
             dx_out.copy_(dx_sum)
     return finish(dy, stack, routing_weights, bias, coefficient, need_bias, dx, d_stack, d_coefficient)

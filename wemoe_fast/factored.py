@@ -3,8 +3,7 @@
     y_b = x_b W_0^T + sum_t w_bt (x_b tau_t^T)
 
 (1+T) times the products, but the stack is read once for the whole batch and nothing is merged: best for very
-few tokens per sample, such as decoding. A slab of output rows and a group of samples at a time, so that the
-partial products stay within the workspace.
+few tokens per sample, such as decoding. A slab of output rows, a group of tokens and one expert at a time.
 """
 
 from __future__ import annotations
@@ -14,22 +13,17 @@ from torch import Tensor
 
 from .activations import lookup
 from .plan import Plan
-from .slabs import Gradients, coefficients, finish, spans, wide
+from .slabs import Gradients, blocks, coefficients, finish, spans, wide
 
 
-def _slab(stack: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """stack[:, rows] as one matrix [(1+T) rows, d]."""
-    return stack[:, rows].reshape(-1, stack.shape[2]).to(dtype)
+def _tokens(x: Tensor, samples: slice, tokens: slice, dtype: torch.dtype) -> Tensor:
+    """A block of x [B, N, width] as [tokens, width]."""
+    return x[samples, tokens].flatten(0, 1).to(dtype)
 
 
-def _products(x: Tensor, slab: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
-    """x [B, N, d] times every expert's rows: [B * N, 1+T, rows]."""
-    return (x.reshape(-1, x.shape[2]).to(dtype) @ slab.mT).unflatten(1, (experts, -1))
-
-
-def _per_token(coefficient: Tensor, N: int) -> Tensor:
-    """[B, 1+T] -> [B * N, 1+T]."""
-    return coefficient.unsqueeze(1).expand(-1, N, -1).flatten(0, 1)
+def _per_token(coefficient: Tensor, count: int) -> Tensor:
+    """Coefficients [b, 1+T] of samples with ``count`` tokens each as [1+T, b * count, 1]."""
+    return coefficient.mT.unsqueeze(2).expand(-1, -1, count).flatten(1).unsqueeze(2)
 
 
 def forward(
@@ -37,20 +31,21 @@ def forward(
 ) -> Tensor:
     """act(x_b W_b^T + c_b): x [B, N, d], routing_weights [B, T] or [1, T] -> [B, N, h] in the dtype of x."""
     B, N, _ = x.shape
-    h, dtype = stack.shape[1], plan.compute_dtype
+    h, dtype, total = stack.shape[1], plan.compute_dtype, wide(x.dtype)
     y = x.new_empty(B, N, h)
-    coefficient = coefficients(routing_weights, B, wide(x.dtype))
-    merged_bias = None if bias is None else coefficient @ bias.to(coefficient.dtype)
+    coefficient = coefficients(routing_weights, B, total)
     act = lookup(activation)
     for rows in spans(h, plan.rows):
-        slab = _slab(stack, rows, dtype)
-        for group in spans(B, plan.group):
-            products = _products(x[group], slab, stack.shape[0], dtype)
-            weights = _per_token(coefficient[group].to(dtype), N).unsqueeze(1)
-            combined = torch.bmm(weights, products).view(-1, N, products.shape[2])
-            if merged_bias is not None:
-                combined += merged_bias[group, None, rows].to(dtype)
-            y[group, :, rows] = act(combined)
+        for samples, part in blocks(B, N, plan.group):
+            tokens = _tokens(x, samples, part, dtype)
+            weights = _per_token(coefficient[samples], part.stop - part.start)
+            combined = tokens.new_zeros(tokens.shape[0], rows.stop - rows.start, dtype=total)
+            for t, weight in enumerate(weights):
+                expert = tokens @ stack[t, rows].to(dtype).mT
+                if bias is not None:
+                    expert += bias[t, rows].to(dtype)
+                combined.addcmul_(expert.to(total), weight)
+            y[samples, part, rows] = act(combined).view(-1, part.stop - part.start, combined.shape[1])
     return y
 
 
@@ -68,24 +63,26 @@ def backward(
     B, N, d = x.shape
     h, dtype, total = stack.shape[1], plan.compute_dtype, wide(x.dtype)
     coefficient = coefficients(routing_weights, B, total)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     d_coefficient = coefficient.new_zeros(coefficient.shape) if need_weights else None
     d_stack = stack.new_zeros(stack.shape, dtype=wide(stack.dtype)) if need_stack else None
-    for group in spans(B, plan.group):
-        dx_sum = None if dx is None else dx[group].new_zeros(dx[group].shape, dtype=total)
+    for samples, part in blocks(B, N, plan.group):
+        count = part.stop - part.start
+        tokens = _tokens(x, samples, part, dtype)
+        weights = _per_token(coefficient[samples], count)
+        dx_sum = tokens.new_zeros(tokens.shape, dtype=total)
         for rows in spans(h, plan.rows):
-            slab = _slab(stack, rows, dtype)
-            dy_slab = dy[group, :, rows].to(dtype).flatten(0, 1)
-            weighted = _per_token(coefficient[group].to(dtype), N).unsqueeze(2) * dy_slab.unsqueeze(1)
-            if dx_sum is not None:
-                dx_sum += (weighted.flatten(1) @ slab).view(dx_sum.shape)
-            if d_coefficient is not None:
-                products = _products(x[group], slab, stack.shape[0], dtype)
-                inner = torch.bmm(products, dy_slab.unsqueeze(2)).view(-1, N, stack.shape[0])
-                d_coefficient[group] += inner.sum(dim=1, dtype=total)
-            if d_stack is not None:
-                d_slab = weighted.flatten(1).mT @ x[group].reshape(-1, d).to(dtype)
-                d_stack[:, rows] += d_slab.view(stack.shape[0], -1, d)
-        if dx is not None and dx_sum is not None:
-            dx[group] = dx_sum.to(dx.dtype)
+            dy_slab = dy[samples, part, rows].flatten(0, 1)
+            for t, weight in enumerate(weights):
+                slab = stack[t, rows].to(dtype)
+                weighted = (dy_slab * weight).to(dtype)
+                if dx is not None:
+                    dx_sum += weighted @ slab
+                if d_coefficient is not None:
+                    inner = torch.linalg.vecdot((tokens @ slab.mT).to(total), dy_slab.to(total))
+                    d_coefficient[samples, t] += inner.view(-1, count).sum(dim=1)
+                if d_stack is not None:
+                    d_stack[t, rows] += weighted.mT @ tokens
+        if dx is not None:
+            dx[samples, part] = dx_sum.view(-1, count, d).to(dx.dtype)
     return finish(dy, stack, routing_weights, bias, coefficient, need_bias, dx, d_stack, d_coefficient)

@@ -32,15 +32,17 @@ def inspect(model: nn.Module) -> str:
         )
     parameters = list(model.parameters())
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    outside = [p for p in parameters if id(p) not in inside]
     trainable = [p for p in parameters if p.requires_grad]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     lines = [
-        f"{type(model).__name__} with {len(layers)} WEMoE layers, {len(info.experts)} experts: {', '.join(info.experts)}",
+        f"{type(model).__name__} with {len(layers)} WEMoE layers, "
+        f"{len(info.experts)} experts: {', '.join(info.experts)}",
         "",
         *_aligned(rows),
         "",
-        f"parameters   {_count(parameters)} in all, {_count([p for p in parameters if id(p) not in inside])} outside of "
-        f"the WEMoE layers, {_count(trainable)} trainable",
+        f"parameters   {_count(parameters)} in all, {_count(outside)} outside of the WEMoE layers, "
+        f"{_count(trainable)} trainable",
         f"memory       {_size(_bytes(parameters))} ({', '.join(dtypes)})",
     ]
     lines += [f"{key:<12} {value}" for key, value in info.settings.items()]

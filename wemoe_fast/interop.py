@@ -56,7 +56,7 @@ def from_wemoe(module: nn.Module) -> FastWEMoEMLP:
             bias = _stack(linear.bias, vectors, names[id(linear.bias)])
         merged[role] = MergedLinear(_stack(linear.weight, vectors, names[id(linear.weight)]), bias)
     result = FastWEMoEMLP(
-        router=_router(module, len(vectors)),
+        router=_router(module, len(vectors), parts.in_features),
         up=merged["up"],
         down=merged["down"],
         gate=merged.get("gate"),
@@ -89,7 +89,7 @@ def _stack(base: Tensor, vectors: list[dict[str, Tensor]], name: str) -> Tensor:
     return torch.stack([base.detach(), *(v.get(name, missing).detach().to(base) for v in vectors)])
 
 
-def _router(module: nn.Module, experts: int) -> Router:
+def _router(module: nn.Module, experts: int, in_features: int) -> Router:
     gate = module.gate
     assert isinstance(gate, nn.Module)
     depth = gate.num_hidden_layers
@@ -97,7 +97,7 @@ def _router(module: nn.Module, experts: int) -> Router:
     if depth == 0:
         constant = gate.weight
         assert isinstance(constant, nn.Parameter)
-        router = Router.around(constant=constant)
+        router = Router.around(constant=constant, in_features=in_features, batch_reduce=batch_reduce)
     else:
         linears = [layer for layer in gate.modules() if isinstance(layer, nn.Linear)]
         if depth not in (1, 2) or len(linears) != depth:

@@ -42,10 +42,11 @@ def merge(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> nn.Mod
         InputError: experts that do not fit the base.
     """
     out = Path(out)
-    check_output(out, overwrite=overwrite)
     for source in (recipe.base, *recipe.experts.values()):
-        if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
-            raise CheckpointError(f"{out}: expected an output outside of the inputs, found it in {source}")
+        ours, theirs = out.resolve(), source.resolve()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            raise CheckpointError(f"{out}: expected an output apart from the inputs, found the input {source}")
+    check_output(out, overwrite=overwrite)
     base, experts = load_recipe_models(recipe)
     model = upscale(
         base,

@@ -12,7 +12,7 @@ from .errors import InputError
 from .masks import TokenMasks
 from .router import Router
 from .structure import MLPParts, parse_mlp
-from .task_vectors import MergedLinear, check_experts
+from .task_vectors import MergedLinear, expert_problems
 
 
 class FastWEMoEMLP(nn.Module):
@@ -51,11 +51,6 @@ class FastWEMoEMLP(nn.Module):
     ) -> None:
         super().__init__()
         lookup(activation)
-        if batch_invariant and router.batch_reduce:
-            raise InputError(
-                "batch_invariant: with batch_reduce every output depends on the whole batch by definition; "
-                "choose one of the two"
-            )
         self.router, self.up, self.down, self.gate = router, up, down, gate
         self.activation, self.strategy = activation, strategy
         self.batch_first, self.batch_invariant = batch_first, batch_invariant
@@ -90,9 +85,19 @@ class FastWEMoEMLP(nn.Module):
                 shape, dtype or device, weights that are not finite: everything found, at once.
         """
         named = experts if isinstance(experts, Mapping) else {str(t): e for t, e in enumerate(experts)}
+        parts: dict[str, MLPParts] = {}
+        problems = []
+        for name, module in {"base": base, **{f"expert {name!r}": e for name, e in named.items()}}.items():
+            try:
+                parts[name] = parse_mlp(module)
+            except InputError as error:
+                problems.append(f"{name}: {error}")
+        taken = {name: parts[f"expert {name!r}"] for name in named if f"expert {name!r}" in parts}
+        if problems:
+            raise InputError.of("from_mlps", problems + (_mismatches(parts["base"], taken) if "base" in parts else []))
         return cls.from_parts(
-            parse_mlp(base),
-            {name: parse_mlp(expert) for name, expert in named.items()},
+            parts["base"],
+            taken,
             router_depth=router_depth,
             init_lambda=init_lambda,
             normalization=normalization,
@@ -120,14 +125,9 @@ class FastWEMoEMLP(nn.Module):
         subject: str = "from_mlps",
     ) -> FastWEMoEMLP:
         """:meth:`from_mlps` for MLPs taken apart already; ``subject`` names the place in error messages."""
-        check_experts(_tensors(base), {name: _tensors(e) for name, e in experts.items()}, subject)
-        different = [
-            f"expert {name!r}: expected activation {base.activation!r} as in the base, found {e.activation!r}"
-            for name, e in experts.items()
-            if e.activation != base.activation
-        ]
-        if different:
-            raise InputError.of(subject, different)
+        problems = _mismatches(base, experts) if experts else ["expected at least one expert, found none"]
+        if problems:
+            raise InputError.of(subject, problems)
         merged = {
             role: MergedLinear.from_linears(linear, [e.linears()[role] for e in experts.values()])
             for role, linear in base.linears().items()
@@ -177,7 +177,25 @@ class FastWEMoEMLP(nn.Module):
 
     @batch_reduce.setter
     def batch_reduce(self, value: bool) -> None:
+        self._choose(self.batch_invariant, value)
         self.router.batch_reduce = value
+
+    @property
+    def batch_invariant(self) -> bool:
+        return self._batch_invariant
+
+    @batch_invariant.setter
+    def batch_invariant(self, value: bool) -> None:
+        self._choose(value, self.batch_reduce)
+        self._batch_invariant = value
+
+    @staticmethod
+    def _choose(batch_invariant: bool, batch_reduce: bool) -> None:
+        if batch_invariant and batch_reduce:
+            raise InputError(
+                "batch_invariant: with batch_reduce every output depends on the whole batch by definition; "
+                "choose one of the two"
+            )
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """MLP of every sample with its own merged weights.
@@ -254,6 +272,16 @@ class FastWEMoEMLP(nn.Module):
         if self.strategy != "auto":
             parts.append(f"strategy={self.strategy!r}")
         return ", ".join(parts)
+
+
+def _mismatches(base: MLPParts, experts: Mapping[str, MLPParts]) -> list[str]:
+    """Everything in which experts differ from the base and must not."""
+    activations = [
+        f"expert {name!r}: expected activation {base.activation!r} as in the base, found {e.activation!r}"
+        for name, e in experts.items()
+        if e.activation != base.activation
+    ]
+    return expert_problems(_tensors(base), {name: _tensors(e) for name, e in experts.items()}) + activations
 
 
 def _tensors(parts: MLPParts) -> dict[str, Tensor]:

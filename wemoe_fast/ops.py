@@ -6,7 +6,9 @@ No per-sample weight is ever materialised, forward or backward; backward keeps t
 """
 
 # torch.library reads the annotations of the registered functions, so they are not postponed here.
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, List, Sequence, Tuple  # noqa: UP035
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunked, factored, reference, token_mean
-from .activations import lookup
+from .activations import ACTIVATIONS, lookup
 from .errors import InputError
 from .normalization import Normalization
 from .plan import STRATEGIES, choose
@@ -104,7 +106,19 @@ def merged_linear(
     return _merged_linear(x, stack, routing_weights, bias, activation, strategy)
 
 
+def _as_given(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of an operator in the dtypes of its arguments: autocast ends where it begins."""
+
+    @wraps(operator)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return operator(*args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("wemoe_fast::merged_linear", mutates_args=())
+@_as_given
 def _merged_linear(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, strategy: str
 ) -> Tensor:
@@ -120,6 +134,7 @@ def _merged_linear(
 
 
 @torch.library.custom_op("wemoe_fast::merged_linear_backward", mutates_args=())
+@_as_given
 def _merged_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -178,11 +193,13 @@ _merged_linear.register_autograd(_differentiate_merged_linear, setup_context=_sa
 
 
 @torch.library.custom_op("wemoe_fast::token_mean", mutates_args=())
+@_as_given
 def _token_mean(hidden: Tensor, token_mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return token_mean.forward(hidden, token_mask, weight, bias)
 
 
 @torch.library.custom_op("wemoe_fast::token_mean_backward", mutates_args=())
+@_as_given
 def _token_mean_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -206,7 +223,7 @@ def _(grad: Any, hidden: Any, token_mask: Any, weight: Any, bias: Any, needs: An
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
     if weight is None or not needs[1]:
         return d_hidden, hidden.new_empty(0), hidden.new_empty(0)
-    return d_hidden, torch.empty_like(weight), torch.empty_like(bias)
+    return d_hidden, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save_token_mean(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:  # noqa: UP006
@@ -236,7 +253,11 @@ def _as_one_sample(x: Tensor) -> Tensor:
 
 def _unwrap(gradients: Sequence[Tensor | None], like: Tensor) -> Any:
     """A registered operator returns tensors only: an empty one stands for a gradient nobody needs."""
-    return tuple(like.new_empty(0) if g is None else g.contiguous() for g in gradients)
+    tensors = (like.new_empty(0) if g is None else g for g in gradients)
+    return tuple(
+        t if t.is_contiguous() and t.storage_offset() == 0 else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    )
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -260,6 +281,10 @@ def _check_route(
         tensor = getattr(parameters, name)
         if tensor is not None and tuple(tensor.shape) != shape:
             problems.append(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
+    if not hidden.is_floating_point():
+        problems.append(f"hidden: expected a floating dtype, found {hidden.dtype}")
+    if parameters.hidden_weight is not None and parameters.output_weight is None:
+        problems.append("output_weight: expected one behind the hidden layer, found none")
     if (parameters.hidden_weight is None) != (parameters.hidden_bias is None):
         problems.append("hidden_weight and hidden_bias: expected both or neither")
     if token_mask is not None and token_mask.shape != hidden.shape[:2]:
@@ -281,8 +306,8 @@ def _check_merged_linear(
     problems = []
     if strategy not in STRATEGIES:
         problems.append(f"strategy: expected one of {', '.join(STRATEGIES)}, found {strategy!r}")
-    if activation is not None:
-        lookup(activation)
+    if activation is not None and activation not in ACTIVATIONS:
+        problems.append(f"activation: expected one of {', '.join(ACTIVATIONS)}, found {activation!r}")
     dims = (
         ("x", x, 3, "[B, N, d]"),
         ("stack", stack, 3, "[1+T, h, d]"),
@@ -297,6 +322,8 @@ def _check_merged_linear(
     T, h = stack.shape[0] - 1, stack.shape[1]
     if stack.shape[2] != d:
         problems.append(f"stack: expected [1+T, h, d] with d = {d} as in x, found {tuple(stack.shape)}")
+    if d < 1:
+        problems.append(f"x: expected at least one feature, found {tuple(x.shape)}")
     if T < 1:
         problems.append(f"stack: expected the base and at least one task vector, found {tuple(stack.shape)}")
     if routing_weights.shape[1] != T or routing_weights.shape[0] not in (B, 1):

@@ -28,15 +28,20 @@ GROUP = 16
 WORKSPACE_BYTES = 64 << 20
 """Upper bound of the temporary memory of one merged linear, forward or backward, whatever B, N and T are.
 
-A slab of merged weights, its outer-product twin in the backward pass, the slab of the stack in another dtype
-and converted activations take at most a quarter each. (A slab has at least 8 rows: the bound holds while
-8 rows of 1+T experts fit in a quarter.) The result itself is not counted.
+Merged weights, the outer products of the backward pass, a slab of the stack in another dtype, and activations that
+are converted or on their way through the activation function take at most a quarter each. (A slab has at least 8
+rows: the bound holds while 8 rows of 1+T experts fit in a quarter.) Not counted: the results (a gradient of a 16-bit
+stack is summed in float32), and copies of strided inputs: of the stack, and of x where one weight is shared by the
+batch.
 """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One decision: ``group`` samples share a slab of ``rows`` output rows; products run in ``compute_dtype``."""
+    """One decision: ``group`` samples share a slab of ``rows`` output rows; products run in ``compute_dtype``.
+
+    With ``factored`` the group is of tokens.
+    """
 
     strategy: str
     group: int
@@ -82,12 +87,18 @@ def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "a
     quarter = WORKSPACE_BYTES // 4
     size = max(dtype.itemsize, stack.dtype.itemsize)
     if strategy == "factored":
-        rows = _fit(h, quarter, (1 + T) * d * size)
-        group = _fit(B, quarter, N * ((1 + T) * rows + d) * size)
-        return Plan(strategy, group, rows, dtype, reason)
+        # A slab of one expert at a time; per token at most 2 d + 6 rows numbers are under way.
+        rows = _fit(h, quarter, d * size)
+        numbers = (2 * d + 6 * rows) * torch.promote_types(dtype, torch.float32).itemsize
+        return Plan(strategy, max(1, min(B * N, quarter // numbers)), rows, dtype, reason)
     group = 1 if strategy == "shared" else min(GROUP, max(B, 1))
     converted = 1 + T if stack.dtype != dtype else 0
     return Plan(strategy, group, _fit(h, quarter, max(group, converted) * d * size), dtype, reason)
+
+
+def tokens_in_a_quarter(numbers_per_token: int, dtype: torch.dtype) -> int:
+    """How many tokens of so many numbers a quarter of the workspace holds, at least 1."""
+    return max(1, WORKSPACE_BYTES // 4 // max(1, numbers_per_token * dtype.itemsize))
 
 
 def _fit(wanted: int, budget: int, unit: int) -> int:

@@ -79,5 +79,5 @@ def merged_linear(
     for sample, weights in zip(x, routing_weights, strict=True):
         merged_bias = None if bias is None else merge_weights(bias, weights)
         outputs.append(F.linear(sample, merge_weights(stack, weights), merged_bias))
-    y = torch.stack(outputs) if outputs else x.new_zeros(0, x.shape[1], stack.shape[1])
+    y = torch.stack(outputs) if outputs else F.linear(x, stack[0])
     return lookup(activation or "none")(y)

@@ -74,21 +74,24 @@ class Router(nn.Module):
         output: nn.Linear | None = None,
         constant: nn.Parameter | None = None,
         prefix: Tensor | None = None,
+        in_features: int | None = None,
         batch_reduce: bool = False,
     ) -> Router:
         """A router over layers that exist already, shared and not copied: whoever trains one trains the other.
 
         ``prefix`` is a constant vector that stands before every token's features in the input of the first
-        layer, such as the encoding of the layer's index where one router serves all layers.
+        layer, such as the encoding of the layer's index where one router serves all layers. ``in_features``
+        is for depth 0, which has no layer to tell.
         """
         first = hidden or output
         depth = 0 if output is None else 1 if hidden is None else 2
         experts = constant if constant is not None else output.bias if output is not None else None
         assert experts is not None
-        in_features = 0 if first is None else first.in_features - (0 if prefix is None else prefix.numel())
+        if in_features is None:
+            in_features = 0 if first is None else first.in_features - (0 if prefix is None else prefix.numel())
         router = cls(in_features, experts.numel(), depth=depth, batch_reduce=batch_reduce, device="meta")
         router.hidden, router.output, router.constant = hidden, output, constant
-        router.register_buffer("prefix", prefix)
+        router.register_buffer("prefix", None if prefix is None or first is None else prefix.to(first.weight.device))
         return router
 
     def reset_parameters(self, init_lambda: float) -> None:

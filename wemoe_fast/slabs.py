@@ -22,6 +22,21 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+def blocks(B: int, N: int, tokens: int, group: int = 1) -> Iterator[tuple[slice, slice]]:
+    """(samples, tokens) of [B, N, ...] in blocks of at most ``tokens`` tokens.
+
+    Whole samples, and whole groups of them, where they fit.
+    """
+    samples = tokens // max(1, N)
+    if samples == 0:
+        for b in range(B):
+            for part in spans(N, tokens):
+                yield slice(b, b + 1), part
+        return
+    for part in spans(B, samples if samples >= B or samples < group else samples // group * group):
+        yield part, slice(0, N)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums of ``dtype`` numbers are kept."""
     return torch.promote_types(dtype, torch.float32)

@@ -18,9 +18,9 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return torch.stack([base.detach(), *((e.detach().to(wide) - reference).to(base.dtype) for e in experts)])
 
 
-def check_experts(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], subject: str) -> None:
-    """Raise ``InputError`` with every tensor of an expert that does not fit the base, or is not finite."""
-    problems = [] if experts else ["expected at least one expert, found none"]
+def expert_problems(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Every tensor of an expert that does not fit the base, or is not finite."""
+    problems = []
     for name, tensor in base.items():
         problems += _nonfinite("base", name, tensor)
     for expert, tensors in experts.items():
@@ -42,6 +42,12 @@ def check_experts(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str,
                 problems.append(f"expert {expert!r}: {name}: expected device {ours.device}, found {theirs.device}")
             else:
                 problems += _nonfinite(f"expert {expert!r}", name, theirs)
+    return problems
+
+
+def check_experts(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], subject: str) -> None:
+    """Raise ``InputError`` with all of :func:`expert_problems`."""
+    problems = expert_problems(base, experts) if experts else ["expected at least one expert, found none"]
     if problems:
         raise InputError.of(subject, problems)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .families import find_mlps
+from .families import MLPSite, find_mlps
 from .interop import is_wemoe
 from .masks import connect
 from .mlp import FastWEMoEMLP
+from .structure import MLPParts, parse_mlp, parse_split_mlp
 from .task_vectors import check_experts
 
 
@@ -63,21 +64,23 @@ def upscale(
 
     Returns:
         A copy of ``base`` in evaluation mode; only its routers require gradients. Attention masks given to it
-        reach the routers as token masks.
+        reach the routers as token masks. Hugging Face's ``chunk_size_feed_forward`` is 0 in it: a router needs
+        all tokens of a sample at once.
 
     Raises:
         UnknownArchitectureError: no MLP found; lists what looks like one.
-        InputError: experts that do not fit the base, everything at once.
+        InputError: experts that do not fit the base, everything at once; models merged already.
     """
+    _refuse_merged({"base": base, **{f"expert {name!r}": expert for name, expert in experts.items()}})
     check_models(base, experts)
     sites = find_mlps(base)
-    expert_sites = {name: {site.path: site for site in find_mlps(expert)} for name, expert in experts.items()}
+    parts = {name: _expert_parts(name, expert, base, sites) for name, expert in experts.items()}
     model = task_arithmetic(base, experts, merge_lambda)
     with _seeded(seed):
         layers = {
             site.path: FastWEMoEMLP.from_parts(
                 site.parts,
-                {name: found[site.path].parts for name, found in expert_sites.items()},
+                {name: found[site.path] for name, found in parts.items()},
                 router_depth=router_depth,
                 init_lambda=merge_lambda if init_lambda is None else init_lambda,
                 normalization=normalization,
@@ -106,6 +109,11 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
             model = layer
         else:
             set_module(model, path, layer)
+    for module in model.modules():
+        # Hugging Face's BERT can feed an MLP some tokens at a time; each chunk would be routed by itself.
+        for owner in (module, getattr(module, "config", None)):
+            if getattr(owner, "chunk_size_feed_forward", 0):
+                setattr(owner, "chunk_size_feed_forward", 0)  # noqa: B010
     model.eval().requires_grad_(False)
     for layer in layers.values():
         layer.router.requires_grad_(True)
@@ -241,6 +249,59 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     if name not in owner._modules:
         raise InputError(f"{type(model).__name__} has no submodule {path!r}")
     owner._modules[name] = module
+
+
+def _refuse_merged(models: Mapping[str, nn.Module]) -> None:
+    problems = []
+    for owner, model in models.items():
+        merged = [path for path, module in model.named_modules() if isinstance(module, FastWEMoEMLP)]
+        others = [path for path, module in model.named_modules() if is_wemoe(module)]
+        for paths, what in ((merged, "FastWEMoEMLP"), (others, "WEMoE module, see accelerate_")):
+            if paths:
+                where = (paths[0] or "the model itself") + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+                problems.append(f"{owner}: expected a model that is not merged yet, found {where} ({what})")
+    if problems:
+        raise InputError.of("upscale", problems)
+
+
+def _expert_parts(name: str, expert: nn.Module, base: nn.Module, sites: Sequence[MLPSite]) -> dict[str, MLPParts]:
+    """The expert's MLPs at the base's sites, by the sites' paths; taken apart anew only where they look different."""
+    paths = {module: path for path, module in base.named_modules()}
+    found, problems = {}, []
+    for site in sites:
+        where = {role: paths[linear] for role, linear in site.parts.linears().items()}
+        try:
+            if _alike(base.get_submodule(site.host), expert.get_submodule(site.host)):
+                linears: dict[str, Any] = {role: expert.get_submodule(path) for role, path in where.items()}
+                found[site.path] = MLPParts(activation=site.parts.activation, **linears)
+                continue
+            down: Any = expert.get_submodule(where["down"])
+            module = expert.get_submodule(site.path)
+            parts = parse_split_mlp(module, down) if site.emptied else parse_mlp(module)
+            if parts.linears() != {role: expert.get_submodule(path) for role, path in where.items()}:
+                raise InputError(f"expected the linears in the roles {where}, found them in others")
+            found[site.path] = parts
+        except (AttributeError, InputError) as error:
+            problems.append(f"expert {name!r}: MLP {site.path!r}: {error}")
+    if problems:
+        raise InputError.of("upscale", problems)
+    return found
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """True for modules of the same classes and settings all the way down; weights aside, the same function."""
+    ours, theirs = ([(path, _settings(m)) for path, m in module.named_modules()] for module in (one, other))
+    return ours == theirs
+
+
+def _settings(module: nn.Module) -> tuple[type, str, dict[str, Any]]:
+    plain = (bool, int, float, str, type(None))
+    attributes = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training" and (callable(value) or isinstance(value, plain))
+    }
+    return type(module), module.extra_repr(), attributes
 
 
 @contextmanager

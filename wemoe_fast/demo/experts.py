@@ -147,7 +147,11 @@ def expert(
         return Expert(out, cached=True)
     if out.exists():
         shutil.rmtree(out)
-    fine_tune(base_dir, texts, labels, head, out, seed=seed, training=training, progress=progress, name=name)
+    try:
+        fine_tune(base_dir, texts, labels, head, out, seed=seed, training=training, progress=progress, name=name)
+    except OSError:
+        if not (out / _DONE).is_file():  # else another process finished the same expert first
+            raise
     return Expert(out, cached=False)
 
 

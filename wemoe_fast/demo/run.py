@@ -155,8 +155,8 @@ def _print_summary(
         "",
         f"Mean of the experts on their own tasks: {100 * best:.1f}; WEMoE keeps {100 * adapted / best:.1f} % of it.",
         "",
-        f"Samples per second, batch of {content['throughput']['batch']} texts of {content['throughput']['tokens']} tokens, "
-        f"{content['environment']['threads']} threads:",
+        f"Samples per second, batch of {content['throughput']['batch']} texts of {content['throughput']['tokens']} "
+        f"tokens, {content['environment']['threads']} threads:",
         *(f"  {name:<32}{speed:8.1f}   {speed / static:5.2f} x static" for name, speed in speeds.items()),
         "",
         "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in content["seconds"].items()),
