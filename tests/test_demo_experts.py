@@ -226,7 +226,7 @@ def test_prepare_writes_what_a_user_would_have(
     recipe = load_recipe(made.recipe)
     assert recipe.base == base_dir
     assert recipe.experts == dict(made.experts)
-    assert (recipe.merge_lambda, recipe.router_depth, recipe.init_lambda) == (0.3, 1, 0.3)
+    assert (recipe.merge_lambda, recipe.router_depth, recipe.normalization) == (0.3, 1, "softmax")
     assert made.experts["fruit"].parent == tmp_path / "cache" / "experts"
 
     held: list[set[str]] = []

@@ -313,11 +313,12 @@ def test_weight_average_is_the_mean():
 
 def test_sums_in_half_precision_are_formed_in_float32():
     base = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
-    base.weight.data.fill_(256.0)
-    experts = {str(t): copy.deepcopy(base) for t in range(4)}
+    base.weight.data.fill_(1.0)
+    experts = {str(t): copy.deepcopy(base) for t in range(9)}
     for expert in experts.values():
-        expert.weight.data.fill_(258.0)  # 256 + 0.25 * 2 would be lost in bfloat16, four times
-    assert (task_arithmetic(base, experts, 0.25).weight == 258).all()
+        expert.weight.data.fill_(1 + 2**-7)  # lost when added to 2 in bfloat16, eight times
+    experts["0"].weight.data.fill_(3.0)
+    assert (task_arithmetic(base, experts, 0.5).weight == 1 + 0.5 * (2 + 8 * 2**-7)).all()
 
 
 def test_tied_weights_stay_tied():

@@ -424,7 +424,7 @@ def _fill(model: nn.Module, stored: dict[str, Tensor], aliases: dict[str, str], 
     ]
     problems += [f"{name} is stored and said to be {aliases[name]}" for name in aliases if name in stored]
     problems += [f"{name} is missing" for name in targets if name not in tensors and name not in aliases]
-    problems += [f"{name} is not part of the model" for name in (tensors.keys() | aliases) - targets.keys()]
+    problems += [f"{name} is not part of the model" for name in tensors.keys() - targets.keys()]
     for name in targets.keys() & tensors.keys():
         ours, theirs = targets[name], tensors[name]
         if ours.shape != theirs.shape:

@@ -24,8 +24,8 @@ from .errors import InputError
 STRATEGIES = ("auto", "reference", "shared", "chunked", "factored")
 
 MERGE_COST = 3.0
-GROUP = 16
-WORKSPACE_BYTES = 64 << 20
+GROUP = 8
+WORKSPACE_BYTES = 48 << 20
 """Upper bound of the temporary memory of one merged linear, forward or backward, whatever B, N and T are.
 
 Merged weights, the outer products of the backward pass, a slab of the stack in another dtype, and activations that

@@ -19,7 +19,7 @@ from .texts import Example, Sizes, TaskTexts, load_texts
 
 QUICK_SIZES = Sizes(train=96, adapt=96, tuning=40, test=40)
 QUICK_TRAINING = Training(epochs=1)
-RECIPE = {"merge_lambda": 0.3, "router_depth": 1, "init_lambda": 0.3}
+RECIPE = {"merge_lambda": 0.3, "router_depth": 1, "normalization": "softmax"}
 BATCH_SIZE = 64
 
 
