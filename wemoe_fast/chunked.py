@@ -22,16 +22,16 @@ from torch import Tensor
 from .activations import lookup
 from .plan import Plan, tokens_in_a_quarter
 from .slabs import Gradients, blocks, coefficients, finish, spans, wide
+from .workers import for_each
 
 
 class _Merger:
-    """Merges slabs of one stack for groups of samples, into one reused buffer."""
+    """Merges slabs of one stack for groups of samples."""
 
     def __init__(self, stack: Tensor, coefficient: Tensor, plan: Plan) -> None:
         self.stack, self.dtype = stack.contiguous(), plan.compute_dtype
         self.merge_dtype = torch.promote_types(stack.dtype, plan.compute_dtype)
         self.coefficient = coefficient.to(self.merge_dtype)
-        self.buffer = stack.new_empty(plan.group * plan.rows * stack.shape[2], dtype=self.merge_dtype)
 
     def slab(self, rows: slice) -> Tensor:
         """stack[:, rows] as [1+T, rows * d] in the merging dtype; a view where no conversion is needed."""
@@ -39,12 +39,15 @@ class _Merger:
         flat = self.stack.view(self.stack.shape[0], -1)[:, rows.start * d : rows.stop * d]
         return flat.to(self.merge_dtype)
 
-    def merge(self, slab: Tensor, group: slice) -> Tensor:
+    def buffer(self, slab: Tensor, group: int) -> Tensor:
+        """Room for the merged weights of a slab, for groups one after the other."""
+        return slab.new_empty(min(group, self.coefficient.shape[0]), slab.shape[1])
+
+    def merge(self, slab: Tensor, group: slice, buffer: Tensor | None = None) -> Tensor:
         """The merged weights [group, rows, d] of a slab."""
         coefficient = self.coefficient[group]
-        merged = self.buffer[: coefficient.shape[0] * slab.shape[1]].view(coefficient.shape[0], -1)
-        torch.mm(coefficient, slab, out=merged)
-        return merged.view(coefficient.shape[0], -1, self.stack.shape[2]).to(self.dtype)
+        merged = torch.mm(coefficient, slab, out=None if buffer is None else buffer[: coefficient.shape[0]])
+        return merged.view(merged.shape[0], -1, self.stack.shape[2]).to(self.dtype)
 
 
 def _converted(x: Tensor, width: int, plan: Plan, sums: int = 0) -> Iterator[tuple[slice, slice]]:
@@ -64,6 +67,15 @@ def _multiply(x: Tensor, weight: Tensor, shift: Tensor | None, out: Tensor | Non
     return torch.baddbmm(shift, x, weight, out=out)
 
 
+def _add_product(total: Tensor, x: Tensor, weight: Tensor, plan: Plan) -> None:
+    """total [b, n, d] += x [b, n, rows] times weight [b, rows, d]."""
+    if total.dtype == weight.dtype:
+        total.baddbmm_(x, weight)
+        return
+    for part in spans(total.shape[1], tokens_in_a_quarter(plan.group * total.shape[2], total.dtype, plan.workers)):
+        total[:, part] += torch.bmm(x[:, part], weight)
+
+
 def forward(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, plan: Plan
 ) -> Tensor:
@@ -76,22 +88,26 @@ def forward(
     merger = _Merger(stack, coefficient, plan)
     act = lookup(activation)
     # The activation needs the product and at most three temporaries of its size beside the result.
-    step = tokens_in_a_quarter(4 * plan.group * plan.rows, wide(x.dtype))
+    step = tokens_in_a_quarter(4 * plan.group * plan.rows, wide(x.dtype), plan.workers)
     for samples, tokens in _converted(x, d, plan):
         x_block = x[samples, tokens].to(plan.compute_dtype)
-        for rows in spans(h, plan.rows):
+        y_block = y[samples, tokens]
+
+        def fill(rows: slice, first: int = samples.start, x_block: Tensor = x_block, y_block: Tensor = y_block) -> None:
             slab = merger.slab(rows)
+            buffer = merger.buffer(slab, plan.group)
             for local in spans(x_block.shape[0], plan.group):
-                group = slice(samples.start + local.start, samples.start + local.stop)
-                weight = merger.merge(slab, group).mT
-                out, shift = y[group, tokens, rows], None
-                if merged_bias is not None:
-                    shift = merged_bias[group, None, rows]
+                group = slice(first + local.start, first + local.stop)
+                weight = merger.merge(slab, group, buffer).mT
+                out = y_block[local, :, rows]
+                shift = None if merged_bias is None else merged_bias[group, None, rows]
                 if activation == "none" and y.dtype == plan.compute_dtype:
                     _multiply(x_block[local], weight, shift, out)
                     continue
                 for part in spans(out.shape[1], step):
                     out[:, part] = act(_multiply(x_block[local, part], weight, shift))
+
+        for_each(fill, list(spans(h, plan.rows)), plan.workers)
     return y
 
 
@@ -119,29 +135,35 @@ def backward(
             x[samples, tokens].to(plan.compute_dtype),
             dy[samples, tokens].to(plan.compute_dtype),
         )
-        if dx is not None:
-            dx_out = dx[samples, tokens]
-            dx_sum = dx_out if dx.dtype == total else torch.zeros_like(dx_out, dtype=total)
+        dx_out = None if dx is None else dx[samples, tokens]
+        dx_sum = dx_out if dx_out is None or dx_out.dtype == total else torch.zeros_like(dx_out, dtype=total)
         for rows in spans(h, plan.rows):
             slab = merger.slab(rows)
-            for local in spans(x_block.shape[0], plan.group):
-                group = slice(samples.start + local.start, samples.start + local.stop)
-                dy_slab = dy_block[local, :, rows]
-                if dx is not None:
-                    weight = merger.merge(slab, group)
-                    if total == plan.compute_dtype:
-                        dx_sum[local].baddbmm_(dy_slab, weight)
-                    else:
-                        for part in spans(dx_sum.shape[1], tokens_in_a_quarter(plan.group * d, total)):
-                            dx_sum[local, part] += torch.bmm(dy_slab[:, part], weight)
+            dy_slab = dy_block[:, :, rows]
+
+            def add(
+                local: slice,
+                rows: slice = rows,
+                first: int = samples.start,
+                slab: Tensor = slab,
+                x_block: Tensor = x_block,
+                dy_slab: Tensor = dy_slab,
+                dx_sum: Tensor | None = dx_sum,
+            ) -> None:
+                group = slice(first + local.start, first + local.stop)
+                if dx_sum is not None:
+                    _add_product(dx_sum[local], dy_slab[local], merger.merge(slab, group), plan)
                 if d_coefficient is None and d_stack is None:
-                    continue
-                outer = torch.bmm(dy_slab.mT, x_block[local]).flatten(1).to(merger.merge_dtype)
+                    return
+                outer = torch.bmm(dy_slab[local].mT, x_block[local]).flatten(1).to(merger.merge_dtype)
                 if d_coefficient is not None:
                     d_coefficient[group] += torch.mm(outer, slab.mT)
                 if d_stack is not None:
                     for t, weights in enumerate(merger.coefficient[group].unbind(dim=1)):
                         d_stack[t, rows] += (weights @ outer).view(-1, d)
-        if dx is not None and dx.dtype != total:
+
+            # Groups share the gradient of the stack, so it is added up by one worker.
+            for_each(add, list(spans(x_block.shape[0], plan.group)), plan.workers if d_stack is None else 1)
+        if dx_out is not None and dx_sum is not None and dx_sum is not dx_out:
             dx_out.copy_(dx_sum)
     return finish(dy, stack, routing_weights, bias, coefficient, need_bias, dx, d_stack, d_coefficient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def write_comparison(
     files["table"].write_text(table(rows, markdown=True) + "\n", encoding="utf-8")
     for name, row in rows.items():
         if row.routing:
-            path = out / f"routing-{'-'.join(name.split()).replace('/', '-')}.png"
+            path = out / f"routing-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.png"
             routing_heatmap(row.routing, experts[name], path, title=f"Mean routing weight: {name}")
             files[f"routing {name}"] = path
     return files

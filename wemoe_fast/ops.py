@@ -149,7 +149,7 @@ def _merged_linear_backward(
         return _unwrap(
             tuple(torch.zeros_like(t) if t is not None and n else None for t, n in zip(inputs, needs, strict=True)), x
         )
-    plan = choose(x, stack, routing_weights, strategy)
+    plan = choose(x, stack, routing_weights, strategy, backward=True)
     need = (needs[0], needs[1], needs[2], needs[3])
     if plan.strategy == "factored":
         return _unwrap(factored.backward(dy, x, stack, routing_weights, bias, need, plan), x)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .workers import worker_count
 
 STRATEGIES = ("auto", "reference", "shared", "chunked", "factored")
 
@@ -40,7 +41,7 @@ batch.
 class Plan:
     """One decision: ``group`` samples share a slab of ``rows`` output rows; products run in ``compute_dtype``.
 
-    With ``factored`` the group is of tokens.
+    With ``factored`` the group is of tokens. On the CPU ``workers`` slabs or groups are under way at once.
     """
 
     strategy: str
@@ -48,6 +49,7 @@ class Plan:
     rows: int
     compute_dtype: torch.dtype
     reason: str
+    workers: int = 1
 
 
 @lru_cache
@@ -66,7 +68,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if low and x.device.type == "cpu" and not cpu_has_fast_low_precision() else x.dtype
 
 
-def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "auto") -> Plan:
+def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "auto", backward: bool = False) -> Plan:
     """The plan for x [B, N, d], stack [1+T, h, d], routing_weights [B, T] or [1, T] (shared by the batch)."""
     B, N, d = x.shape
     T, h = stack.shape[0] - 1, stack.shape[1]
@@ -91,14 +93,19 @@ def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "a
         rows = _fit(h, quarter, d * size)
         numbers = (2 * d + 6 * rows) * torch.promote_types(dtype, torch.float32).itemsize
         return Plan(strategy, max(1, min(B * N, quarter // numbers)), rows, dtype, reason)
-    group = 1 if strategy == "shared" else min(GROUP, max(B, 1))
+    # Forward the workers share the slabs, backward, where slabs add up, the groups.
+    workers = worker_count(x.device)
+    group = 1 if strategy == "shared" else max(1, min(GROUP, -(-B // workers) if backward else B))
     converted = 1 + T if stack.dtype != dtype else 0
-    return Plan(strategy, group, _fit(h, quarter, max(group, converted) * d * size), dtype, reason)
+    rows = _fit(h, quarter // workers, max(group, converted) * d * size)
+    if not backward:
+        rows = min(rows, _fit(-(-h // workers), quarter, d))
+    return Plan(strategy, group, rows, dtype, reason, workers)
 
 
-def tokens_in_a_quarter(numbers_per_token: int, dtype: torch.dtype) -> int:
-    """How many tokens of so many numbers a quarter of the workspace holds, at least 1."""
-    return max(1, WORKSPACE_BYTES // 4 // max(1, numbers_per_token * dtype.itemsize))
+def tokens_in_a_quarter(numbers_per_token: int, dtype: torch.dtype, workers: int = 1) -> int:
+    """How many tokens of so many numbers a worker's share of a quarter of the workspace holds, at least 1."""
+    return max(1, WORKSPACE_BYTES // 4 // workers // max(1, numbers_per_token * dtype.itemsize))
 
 
 def _fit(wanted: int, budget: int, unit: int) -> int:

@@ -25,7 +25,7 @@ from ..throughput import interleaved_seconds, medians, relative_rms
 from ..upscale import task_arithmetic, wemoe_layers
 from .prepare import Prepared, prepare
 
-ADAPTATION: dict[str, Any] = {"steps": 60, "lr": 5e-3, "batch_size": 8, "routing": "per_sample"}
+ADAPTATION: dict[str, Any] = {"steps": 40, "lr": 5e-3, "batch_size": 8, "routing": "per_sample"}
 QUICK_STEPS = 3
 EXPERTS_ROW = "experts, each on its own task"
 
@@ -80,7 +80,7 @@ def run_demo(
             results, names, out / "results", settings={"seed": seed, "quick": quick, **settings}, overwrite=True
         )
     with _stage("measure throughput", seconds, progress):
-        throughput = _throughput(load(adapted_dir).to(device), prepared, tasks, repeats=3 if quick else 7)
+        throughput = _throughput(load(adapted_dir).to(device), prepared, tasks, repeats=3 if quick else 5)
 
     content = {
         "environment": environment(),
