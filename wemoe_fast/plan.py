@@ -99,7 +99,7 @@ def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "a
     converted = 1 + T if stack.dtype != dtype else 0
     rows = _fit(h, quarter // workers, max(group, converted) * d * size)
     if not backward:
-        rows = min(rows, _fit(-(-h // workers), quarter, d))
+        rows = min(rows, -(-h // (8 * workers)) * 8)
     return Plan(strategy, group, rows, dtype, reason, workers)
 
 
