@@ -106,10 +106,16 @@ def in_dtype(
 def peak_bytes(function: Callable[[], Any]) -> tuple[int, int, Any]:
     """Largest number of bytes allocated at once, bytes still allocated at the end, and the result.
 
-    Read off the CPU allocator, so it sees what happens inside of registered operators.
+    Read off the CPU allocator, so it sees what happens inside of registered operators; on one thread, because it
+    does not see what workers allocate (they share what one may use, see test_plan).
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = function()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = function()
+    finally:
+        torch.set_num_threads(threads)
     now = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

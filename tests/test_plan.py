@@ -128,3 +128,15 @@ def test_coefficients_put_one_for_the_base_in_front():
     assert coefficients(weights, 3, torch.float64).dtype == torch.float64
     assert wide(torch.bfloat16) == wide(torch.float32) == torch.float32
     assert wide(torch.float64) == torch.float64
+
+
+def test_workers_share_the_workspace(monkeypatch):
+    alone, shared = (choose_with_workers(monkeypatch, count) for count in (1, 4))
+    assert (alone.workers, shared.workers) == (1, 4)
+    assert 0 < shared.rows <= alone.rows // 4
+    assert plan.tokens_in_a_quarter(10, torch.float32, workers=4) == plan.tokens_in_a_quarter(10, torch.float32) // 4
+
+
+def choose_with_workers(monkeypatch, count):
+    monkeypatch.setattr(plan, "worker_count", lambda device: count)
+    return choose(32, 50, 8, 768, 3072, strategy="chunked")

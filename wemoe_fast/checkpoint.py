@@ -169,9 +169,10 @@ def load_pretrained(directory: str | Path, model_class: str | None = None) -> nn
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     dtype = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     try:
-        model, report = cls.from_pretrained(
-            str(directory), local_files_only=True, use_safetensors=True, output_loading_info=True, **{dtype: "auto"}
-        )
+        with quiet_transformers():
+            model, report = cls.from_pretrained(
+                str(directory), local_files_only=True, use_safetensors=True, output_loading_info=True, **{dtype: "auto"}
+            )
     except Exception as error:  # a damaged config.json can fail anywhere in another package
         raise CheckpointError(f"{directory}: could not be read as {cls.__name__}: {error}") from error
     problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
@@ -565,3 +566,18 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and notes on unused weights."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

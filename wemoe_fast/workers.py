@@ -49,11 +49,15 @@ def _pool(workers: int, threads: int, process: int) -> ThreadPoolExecutor:
     back when all workers have started.
     """
     started = Barrier(workers + 1)
-    pool = ThreadPoolExecutor(
-        workers, "wemoe-fast", initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
-    )
+    pool = ThreadPoolExecutor(workers, "wemoe-fast", initializer=_start, initargs=(max(1, threads // workers),))
     for _ in range(workers):
         pool.submit(started.wait)
     started.wait()
     torch.set_num_threads(threads)
     return pool
+
+
+def _start(threads: int) -> None:
+    """A worker's own number of threads. Asking for it afterwards makes PyTorch settle it for this thread."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()

@@ -25,7 +25,7 @@ from ..throughput import interleaved_seconds, medians, relative_rms
 from ..upscale import task_arithmetic, wemoe_layers
 from .prepare import Prepared, prepare
 
-ADAPTATION: dict[str, Any] = {"steps": 40, "lr": 5e-3, "batch_size": 8, "routing": "per_sample"}
+ADAPTATION: dict[str, Any] = {"steps": 70, "lr": 5e-3, "batch_size": 8, "routing": "per_sample"}
 QUICK_STEPS = 3
 EXPERTS_ROW = "experts, each on its own task"
 
