@@ -95,7 +95,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     rows, experts = compare(
         models(), tasks, device=options.device, dtype=DTYPES.get(options.dtype), progress=not options.quiet
     )
-    settings = {"models": [str(m) for m in options.models], "tasks": str(options.tasks), "dtype": options.dtype}
+    settings = {"models": list(names), "tasks": options.tasks.name, "dtype": options.dtype}
     files = write_comparison(rows, experts, options.out, settings=settings, overwrite=options.overwrite)
     _say(table(rows))
     for what, path in files.items():
