@@ -288,7 +288,7 @@ def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         check_output(directory, overwrite=overwrite)
         if overwrite and directory.exists():
             _swap(temporary, directory)
@@ -562,7 +562,8 @@ def _versions(description: dict[str, Any]) -> str:
     return ", ".join(used)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

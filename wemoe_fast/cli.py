@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     if options.seed is not None:
-        recipe = type(recipe)(**{**vars(recipe), "seed": options.seed})
+        recipe = replace(recipe, seed=options.seed)
     model = merge(recipe, options.out, overwrite=options.overwrite)
     _say(inspect(model))
     _say(f"\nwritten to {options.out}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint import quiet_transformers
+from ..checkpoint import quiet_transformers, umask
 from ..errors import CheckpointError, InputError
 from ..tasks import Head, load_tokenizer
 from .sources import file_sha256
@@ -115,7 +115,7 @@ def fine_tune(
         _copy_tokenizer(Path(base_dir), scratch)
         record = {"seed": seed, "training": asdict(training), "samples": len(texts), "losses": losses}
         (scratch / _DONE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        scratch.chmod(0o777 & ~_umask())
+        scratch.chmod(0o777 & ~umask())
         os.rename(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -244,9 +244,3 @@ def _copy_tokenizer(base_dir: Path, out_dir: Path) -> None:
     for name in names:
         if (base_dir / name).is_file():
             shutil.copyfile(base_dir / name, out_dir / name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

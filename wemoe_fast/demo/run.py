@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run_demo(
     with _stage("prepare data and experts", seconds, progress):
         prepared = prepare(cache_dir, out, seed=seed, quick=quick, progress=progress)
     recipe = load_recipe(prepared.recipe)
-    recipe = type(recipe)(**{**vars(recipe), "seed": seed})
+    recipe = replace(recipe, seed=seed)
     merged_dir, adapted_dir = out / "merged", out / "adapted"
     with _stage("merge", seconds, progress):
         merge(recipe, merged_dir, overwrite=True)
