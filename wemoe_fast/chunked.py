@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import fused
 from .activations import lookup
 from .plan import Plan, tokens_in_a_quarter
 from .slabs import Gradients, blocks, coefficients, finish, spans, wide
@@ -31,23 +32,32 @@ class _Merger:
     def __init__(self, stack: Tensor, coefficient: Tensor, plan: Plan) -> None:
         self.stack, self.dtype = stack.contiguous(), plan.compute_dtype
         self.merge_dtype = torch.promote_types(stack.dtype, plan.compute_dtype)
-        self.coefficient = coefficient.to(self.merge_dtype)
+        self.on_gpu = fused.available(stack)
+        self.coefficient = coefficient if self.on_gpu else coefficient.to(self.merge_dtype)
 
     def slab(self, rows: slice) -> Tensor:
         """stack[:, rows] as [1+T, rows * d] in the merging dtype; a view where no conversion is needed."""
         d = self.stack.shape[2]
         flat = self.stack.view(self.stack.shape[0], -1)[:, rows.start * d : rows.stop * d]
-        return flat.to(self.merge_dtype)
+        return flat if self.on_gpu else flat.to(self.merge_dtype)
 
     def buffer(self, slab: Tensor, group: int) -> Tensor:
         """Room for the merged weights of a slab, for groups one after the other."""
-        return slab.new_empty(min(group, self.coefficient.shape[0]), slab.shape[1])
+        dtype = self.dtype if self.on_gpu else slab.dtype
+        return slab.new_empty(min(group, self.coefficient.shape[0]), slab.shape[1], dtype=dtype)
 
     def merge(self, slab: Tensor, group: slice, buffer: Tensor | None = None) -> Tensor:
         """The merged weights [group, rows, d] of a slab."""
         coefficient = self.coefficient[group]
-        merged = torch.mm(coefficient, slab, out=None if buffer is None else buffer[: coefficient.shape[0]])
+        if buffer is None:
+            buffer = self.buffer(slab, coefficient.shape[0])
+        merge = fused.merge if self.on_gpu else _multiply_slab
+        merged = merge(coefficient, slab, buffer[: coefficient.shape[0]])
         return merged.view(merged.shape[0], -1, self.stack.shape[2]).to(self.dtype)
+
+
+def _multiply_slab(coefficient: Tensor, slab: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(coefficient, slab, out=out)
 
 
 def _converted(x: Tensor, width: int, plan: Plan, sums: int = 0) -> Iterator[tuple[slice, slice]]:
@@ -157,9 +167,9 @@ def backward(
                     return
                 outer = torch.bmm(dy_slab[local].mT, x_block[local]).flatten(1).to(merger.merge_dtype)
                 if d_coefficient is not None:
-                    d_coefficient[group] += torch.mm(outer, slab.mT)
+                    d_coefficient[group] += torch.mm(outer, slab.mT.to(outer.dtype))
                 if d_stack is not None:
-                    for t, weights in enumerate(merger.coefficient[group].unbind(dim=1)):
+                    for t, weights in enumerate(merger.coefficient[group].to(outer.dtype).unbind(dim=1)):
                         d_stack[t, rows] += (weights @ outer).view(-1, d)
 
             # Groups share the gradient of the stack, so it is added up by one worker.

@@ -225,12 +225,12 @@ class FastWEMoEMLP(nn.Module):
         return self.router(x, self._token_mask(x, token_mask)).expand(x.shape[0], -1)
 
     def _transform(self, x: Tensor, weights: Tensor) -> Tensor:
+        nonzero = None if self.batch_reduce else self.router.normalization.top_k
         if self.gate is None:
-            hidden = self.up(x, weights, self.activation, self.strategy)
+            hidden = self.up(x, weights, self.activation, self.strategy, nonzero)
         else:
-            hidden = self.gate(x, weights, self.activation, self.strategy)
-            hidden = hidden * self.up(x, weights, None, self.strategy)
-        return self.down(hidden, weights, None, self.strategy)
+            hidden = self.up.gated_by(self.gate, x, weights, self.activation, self.strategy, nonzero)
+        return self.down(hidden, weights, None, self.strategy, nonzero)
 
     def _alone(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """One sample [N, d], its real tokens in memory of their own, then the masked ones with its weights."""

@@ -1,6 +1,7 @@
 """Which strategy runs a merged linear, with which group and slab sizes, and why.
 
-The cost model counts multiply-adds per sample of ``x_b W_b^T`` with T task vectors:
+On a GPU where the kernels run: the cheapest by ``cost``, unless a table measured on that device says otherwise.
+Elsewhere the cost model counts multiply-adds per sample of ``x_b W_b^T`` with T task vectors:
 
 - ``chunked``:  N h d for the product and (1+T) h d for merging, in a skinny product (K = 1+T) that runs
   ``MERGE_COST`` times slower per operation than a large one;
@@ -13,19 +14,24 @@ are measured; see benchmarks/NOTES.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from . import cost, kernels
 from .errors import InputError
+from .kernels import tuning
+from .kernels.tuning import Problem
 from .workers import worker_count
 
-STRATEGIES = ("auto", "reference", "shared", "chunked", "factored")
+STRATEGIES = ("auto", "reference", "shared", "chunked", "fused", "factored")
 
 MERGE_COST = 3.0
 GROUP = 8
+GPU_ROWS = 64
+"""On a GPU as many samples share a slab as leaves it at least so many rows: the stack is then read once."""
 WORKSPACE_BYTES = 48 << 20
 """Upper bound of the temporary memory of one merged linear, forward or backward, whatever B, N and T are.
 
@@ -68,26 +74,83 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if low and x.device.type == "cpu" and not cpu_has_fast_low_precision() else x.dtype
 
 
-def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "auto", backward: bool = False) -> Plan:
-    """The plan for x [B, N, d], stack [1+T, h, d], routing_weights [B, T] or [1, T] (shared by the batch)."""
-    B, N, d = x.shape
-    T, h = stack.shape[0] - 1, stack.shape[1]
-    dtype = compute_dtype(x)
-    reason = "asked for"
-    if strategy == "auto":
-        if routing_weights.shape[0] == 1:
-            strategy, reason = "shared", "one merged weight serves the whole batch"
-        elif (1 + T) * N < N + MERGE_COST * (1 + T):
-            strategy, reason = "factored", f"{N} tokens: multiplying by every task vector beats merging them"
-        else:
-            strategy, reason = "chunked", f"{N} tokens: merging costs less than {T} more products"
+def choose(
+    x: Tensor,
+    stack: Tensor,
+    routing_weights: Tensor,
+    strategy: str = "auto",
+    backward: bool = False,
+    *,
+    batch: tuple[int, int] | None = None,
+    kept: int | None = None,
+) -> Plan:
+    """The plan for x [B, N, d], stack [1+T, h, d], routing_weights [B, T] or [1, T] (shared by the batch).
+
+    For packed x [total, d] ``batch`` is (B, length of the longest sample). ``kept``: how many experts have a weight
+    that is not zero, T unless given.
+    """
+    B, N = batch or (x.shape[0], x.shape[1])
+    T = stack.shape[0] - 1
     if strategy == "shared" and routing_weights.shape[0] != 1 and B != 1:
         raise InputError(
             "strategy 'shared': expected routing_weights with one row for the whole batch, "
             f"found {tuple(routing_weights.shape)} for {B} samples; use 'chunked' or 'auto'"
         )
+    obstacle = kernels.why_not(x.device, x.dtype)
+    if strategy == "fused" and obstacle is not None:
+        raise InputError(f"strategy 'fused': {obstacle}; use 'auto'")
+    if strategy != "auto":
+        return _sized(strategy, "asked for", x, stack, B, N, backward)
+    if routing_weights.shape[0] == 1:
+        return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
+    if x.device.type == "cuda" and obstacle is None:
+        return _cheapest(x, stack, B, N, kept or T, backward)
+    if (1 + T) * N < N + MERGE_COST * (1 + T):
+        reason = f"{N} tokens: multiplying by every task vector beats merging them"
+        return _sized("factored", reason, x, stack, B, N, backward)
+    return _sized("chunked", f"{N} tokens: merging costs less than {T} more products", x, stack, B, N, backward)
+
+
+def problem_of(x: Tensor, stack: Tensor, B: int, N: int, kept: int) -> Problem:
+    """What the fused kernel's tile and the estimates depend on."""
+    return Problem(
+        "merged_linear",
+        tuning.device_of(x.device),
+        x.dtype,
+        samples=B,
+        tokens=N,
+        rows=stack.shape[1],
+        depth=stack.shape[2],
+        experts=stack.shape[0] - 1,
+        kept=min(kept, stack.shape[0] - 1),
+        element_size=max(x.element_size(), stack.element_size()),
+        precision=tuning.float32_precision(x.dtype),
+    )
+
+
+def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
+    problem = problem_of(x, stack, B, N, kept)
+    measured = tuning.measured_strategy(problem, backward)
+    if measured is not None:
+        return _sized(measured, f"measured fastest on {problem.device.name}", x, stack, B, N, backward)
+    limits = cost.ceilings(x.device)
+    plans = {name: _sized(name, "", x, stack, B, N, backward) for name in ("chunked", "factored")}
+    if tuning.fits(tuning.choose(problem), problem):
+        plans["fused"] = _sized("fused", "", x, stack, B, N, backward)
+    estimates = {name: cost.seconds(name, problem, limits, p.group, p.rows) for name, p in plans.items()}
+    best = min(estimates, key=lambda name: estimates[name])
+    listed = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in sorted(estimates.items(), key=lambda e: e[1]))
+    return replace(plans[best], reason=f"estimated cheapest, in microseconds: {listed}")
+
+
+def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int, backward: bool) -> Plan:
+    """The plan of a strategy: how large its groups and slabs are."""
+    T, h, d = stack.shape[0] - 1, stack.shape[1], stack.shape[2]
+    dtype = compute_dtype(x)
     quarter = WORKSPACE_BYTES // 4
     size = max(dtype.itemsize, stack.dtype.itemsize)
+    if strategy == "fused":
+        return Plan(strategy, 1, h, dtype, reason)
     if strategy == "factored":
         # A slab of one expert at a time; per token at most 2 d + 6 rows numbers are under way.
         rows = _fit(h, quarter, d * size)
@@ -95,7 +158,8 @@ def choose(x: Tensor, stack: Tensor, routing_weights: Tensor, strategy: str = "a
         return Plan(strategy, max(1, min(B * N, quarter // numbers)), rows, dtype, reason)
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device)
-    group = 1 if strategy == "shared" else max(1, min(GROUP, -(-B // workers) if backward else B))
+    largest = max(GROUP, quarter // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
+    group = 1 if strategy == "shared" else max(1, min(largest, -(-B // workers) if backward else B))
     converted = 1 + T if stack.dtype != dtype else 0
     rows = _fit(h, quarter // workers, max(group, converted) * d * size)
     if not backward:

@@ -87,10 +87,29 @@ class MergedLinear(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, routing_weights: Tensor, activation: str | None = None, strategy: str = "auto"
+        self,
+        x: Tensor,
+        routing_weights: Tensor,
+        activation: str | None = None,
+        strategy: str = "auto",
+        nonzero: int | None = None,
     ) -> Tensor:
         """x [B, N, d], routing_weights [B, T] or [1, T] -> [B, N, h]; see ``ops.merged_linear``."""
-        return ops.merged_linear(x, self.stack, routing_weights, self.bias, activation, strategy)
+        return ops.merged_linear(x, self.stack, routing_weights, self.bias, activation, strategy, nonzero=nonzero)
+
+    def gated_by(
+        self,
+        gate: MergedLinear,
+        x: Tensor,
+        routing_weights: Tensor,
+        activation: str | None = None,
+        strategy: str = "auto",
+        nonzero: int | None = None,
+    ) -> Tensor:
+        """act(gate(x)) * self(x); see ``ops.merged_gated_linear``."""
+        return ops.merged_gated_linear(
+            x, gate.stack, self.stack, routing_weights, gate.bias, self.bias, activation, strategy, nonzero=nonzero
+        )
 
     def extra_repr(self) -> str:
         experts, h, d = self.stack.shape

@@ -1,0 +1,117 @@
+"""What a merged linear costs on a GPU, by strategy: counted work over the device's ceilings.
+
+Each strategy's time is the largest of four terms, because they overlap: products on the tensor cores, merging on the
+CUDA cores, bytes through L2, bytes through device memory; plus the launches, which do not. With G samples in a group,
+tiles of M x N, K the inner dimension, S experts with a weight and s bytes per number:
+
+- ``fused``:    products, padded to tiles; S multiply-adds per merged weight; (1+S) K M s bytes of L2 for every tile and
+                group, and K N s for every tile and sample;
+- ``chunked``:  merged weights written to L2 and read again, 2 h d s bytes per sample, and the stack once;
+- ``factored``: 1+T times the products, and results of every expert in float32;
+- ``shared``:   the stack once, and a plain product.
+
+Backward (dx and dw) costs two such passes. The ceilings are published peaks times the share that good kernels reach,
+not measurements of ours; tables written by ``wemoe-fast tune`` come before this model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .kernels import tuning
+from .kernels.tuning import Problem
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Per second: products on tensor cores (16 bits; float32), multiply-adds count as two; bytes. Seconds a launch."""
+
+    name: str
+    products: float
+    products_float32: float
+    arithmetic: float
+    l2_bytes: float
+    memory_bytes: float
+    launch: float = 3e-6
+
+
+# NVIDIA data sheets (H100 SXM, A100 SXM): dense 16-bit and float32 peaks and memory bandwidth, times 0.65, 0.85 and
+# 0.9. L2: about 5.5 and 4 TB/s in published microbenchmarks.
+H100 = Ceilings("H100", 0.65 * 989e12, 0.85 * 67e12, 0.85 * 67e12, 5.5e12, 0.9 * 3.35e12)
+A100 = Ceilings("A100", 0.65 * 312e12, 0.85 * 19.5e12, 0.85 * 19.5e12, 4e12, 0.9 * 2.0e12)
+MULTIPROCESSORS = {"H100": 132, "A100": 108}
+
+
+@lru_cache(maxsize=16)
+def ceilings(device: torch.device) -> Ceilings:
+    """Those of the next of kin among the known devices, by the number of multiprocessors."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    known = H100 if properties.major >= 9 else A100
+    share = properties.multi_processor_count / MULTIPROCESSORS[known.name]
+    return Ceilings(
+        properties.name,
+        known.products * share,
+        known.products_float32 * share,
+        known.arithmetic * share,
+        known.l2_bytes * share,
+        known.memory_bytes * share,
+    )
+
+
+def seconds(strategy: str, problem: Problem, limits: Ceilings, group: int = 1, rows: int = 1) -> float:
+    """Estimated time of one forward; ``group`` and ``rows`` are those of the plan (``chunked``)."""
+    B, N, h, d, T, s = (
+        problem.samples,
+        problem.tokens,
+        problem.rows,
+        problem.depth,
+        problem.experts,
+        problem.element_size,
+    )
+    rate = limits.products if problem.on_tensor_cores else limits.products_float32
+    activations = B * N * (d + h) * s
+    stack = (1 + T) * h * d * s
+    if strategy == "fused":
+        tile = tuning.choose(problem)
+        slots = problem.slots(tile.group)
+        groups, tiles = _parts(B, tile.group), _parts(N, tile.tokens) * _parts(h, tile.rows)
+        weights = groups * tiles * tile.rows * d
+        products = 2 * weights * tile.group * tile.tokens
+        # A second warpgroup along the tokens merges its own copy.
+        copies = max(1, tile.warps // max(4, tile.rows // 16))
+        merging = 2 * slots * weights * tile.group * copies
+        l2 = weights * (1 + slots) * s + groups * tiles * tile.group * tile.tokens * d * s
+        return _overlapped(limits, rate, products, merging, l2, stack + activations) + limits.launch
+    if strategy == "factored":
+        products = 2 * (1 + T) * B * N * h * d
+        combining = 3 * (1 + T) * B * N * h * 4
+        launches = 3 * (1 + T) * _parts(h, rows)
+        return _overlapped(limits, rate, products, 0, combining, stack + activations) + launches * limits.launch
+    weights = h * d if strategy == "shared" else B * h * d
+    products, merging = 2 * B * N * h * d, 2 * (1 + T) * weights
+    merge = _overlapped(
+        limits, rate, 0, merging, weights * s, stack * _parts(B, group) if strategy != "shared" else stack
+    )
+    multiply = _overlapped(limits, rate, products, 0, weights * s + activations, activations)
+    launches = 2 * _parts(h, rows) * (1 if strategy == "shared" else _parts(B, group))
+    return merge + multiply + launches * limits.launch
+
+
+def _overlapped(
+    limits: Ceilings, rate: float, products: float, arithmetic: float, l2_bytes: float, memory_bytes: float
+) -> float:
+    return max(
+        products / rate,
+        arithmetic / limits.arithmetic,
+        l2_bytes / limits.l2_bytes,
+        memory_bytes / limits.memory_bytes,
+    )
+
+
+def _parts(total: int, step: int) -> int:
+    return -(-total // max(1, step))
