@@ -36,10 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+
 from wemoe_fast.kernels import merge, merged_linear, merged_linear_dw, router, tuning
 from wemoe_fast.kernels.launch import Batch, Routing
 from wemoe_fast.kernels.tuning import Device, Problem, Tile
-
 from wemoe_fast.report import write_json
 
 MODULES = {

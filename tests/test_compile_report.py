@@ -14,10 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from wemoe_fast.kernels.tuning import Problem, Tile
-
 from benchmarks import compile_report
 from benchmarks.compile_report import TARGETS, Case, Code, Launch, Row, Work
+from wemoe_fast.kernels.tuning import Problem, Tile
 
 ROOT = Path(__file__).parents[1]
 HOPPER = TARGETS["sm_90"]

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_no_worse, peak_bytes, relative_rms
-from wemoe_fast.kernels import ACTIVATIONS
 
 from wemoe_fast import reference
 from wemoe_fast.activations import ACTIVATIONS as OURS
+from wemoe_fast.kernels import ACTIVATIONS
 from wemoe_fast.normalization import Normalization
 
 pytest.importorskip("triton")

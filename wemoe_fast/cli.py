@@ -21,6 +21,8 @@ from .inspection import inspect
 from .merge import baselines, merge
 from .report import write_json
 from .tasks import load_tasks
+from .tune import DTYPES as TUNED_DTYPES
+from .tune import SHAPES, Shape, summary, tune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -107,6 +109,20 @@ def _inspect(options: argparse.Namespace) -> None:
     _say(inspect(load(options.model)))
 
 
+def _tune(options: argparse.Namespace) -> None:
+    path, table = tune(
+        [Shape.parse(text) for text in options.shape] or SHAPES,
+        options.dtype or ("bfloat16",),
+        device=options.device,
+        out=options.out,
+        tries=options.tries,
+        budget=options.seconds,
+        progress=not options.quiet,
+    )
+    _say(summary(table))
+    _say(f"\nwritten to {path}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
@@ -187,6 +203,22 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("inspect", parents=[common], help="layers, parameters, memory, routers")
     verb.add_argument("model", type=Path, help="directory of a WEMoE model")
     verb.set_defaults(run=_inspect)
+
+    verb = verbs.add_parser(
+        "tune", parents=[common], help="measure the kernels on this GPU, choose tiles and strategies"
+    )
+    verb.add_argument("--device", default="cuda", help="torch device (default: cuda)")
+    verb.add_argument(
+        "--shape", action="append", default=[], metavar="B,N,d,h,T", help="tune for this linear; repeatable"
+    )
+    verb.add_argument("--dtype", action="append", choices=list(TUNED_DTYPES), help="repeatable (default: bfloat16)")
+    verb.add_argument("--tries", type=_positive, default=12, help="tiles to measure per kernel and shape (default: 12)")
+    verb.add_argument(
+        "--seconds", type=float, default=1800.0, help="stop starting new shapes after this (default: 1800)"
+    )
+    verb.add_argument("--out", type=Path, help="JSON file to write (default: where wemoe-fast looks for it)")
+    verb.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    verb.set_defaults(run=_tune)
 
     verb = verbs.add_parser("demo", parents=[running, seeded], help="real model, real data, all of the above")
     verb.add_argument("--out", type=Path, default=Path("demo-out"), help="directory to write (default: demo-out)")

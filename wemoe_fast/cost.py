@@ -10,6 +10,8 @@ tiles of M x N, K the inner dimension, S experts with a weight and s bytes per n
 - ``factored``: 1+T times the products, and results of every expert in float32;
 - ``shared``:   the stack once, and a plain product.
 
+L2 is what bounds WEMoE on a GPU: at N=50 the merged weights of a sample are read for 50 tokens only.
+
 Backward (dx and dw) costs two such passes. The ceilings are published peaks times the share that good kernels reach,
 not measurements of ours; tables written by ``wemoe-fast tune`` come before this model.
 """
@@ -22,7 +24,7 @@ from functools import lru_cache
 import torch
 
 from .kernels import tuning
-from .kernels.tuning import Problem
+from .kernels.tuning import Problem, Tile
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Ceilings:
     arithmetic: float
     l2_bytes: float
     memory_bytes: float
-    launch: float = 3e-6
+    launch: float = 2e-6
 
 
 # NVIDIA data sheets (H100 SXM, A100 SXM): dense 16-bit and float32 peaks and memory bandwidth, times 0.65, 0.85 and
@@ -63,8 +65,13 @@ def ceilings(device: torch.device) -> Ceilings:
     )
 
 
-def seconds(strategy: str, problem: Problem, limits: Ceilings, group: int = 1, rows: int = 1) -> float:
-    """Estimated time of one forward; ``group`` and ``rows`` are those of the plan (``chunked``)."""
+def seconds(
+    strategy: str, problem: Problem, limits: Ceilings, group: int = 1, rows: int = 1, tile: Tile | None = None
+) -> float:
+    """Estimated time of one forward.
+
+    ``group`` and ``rows`` are those of the plan (``chunked``); ``tile`` that of ``fused``, the chosen one unless given.
+    """
     B, N, h, d, T, s = (
         problem.samples,
         problem.tokens,
@@ -77,7 +84,7 @@ def seconds(strategy: str, problem: Problem, limits: Ceilings, group: int = 1, r
     activations = B * N * (d + h) * s
     stack = (1 + T) * h * d * s
     if strategy == "fused":
-        tile = tuning.choose(problem)
+        tile = tile or tuning.choose(problem)
         slots = problem.slots(tile.group)
         groups, tiles = _parts(B, tile.group), _parts(N, tile.tokens) * _parts(h, tile.rows)
         weights = groups * tiles * tile.rows * d
