@@ -14,8 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import compile_report
-from benchmarks.compile_report import TARGETS, Case, Code, Launch, Row, Work
+from benchmarks import compile_report, compiled, launches, targets
+from benchmarks.compile_report import Row
+from benchmarks.compiled import Code
+from benchmarks.launches import Case, Launch
+from benchmarks.targets import TARGETS, Work
 from wemoe_fast.kernels.tuning import Problem, Tile
 
 ROOT = Path(__file__).parents[1]
@@ -65,21 +68,21 @@ def row(problems: list[str]) -> Row:
 
 
 def test_reads_registers_spills_and_matrix_instructions_of_nvidia() -> None:
-    assert compile_report.nvidia_code(CUOBJDUMP, "HGMMA") == Code(255, 24, spill_loads=1, spill_stores=2, matrix=1)
-    assert compile_report.nvidia_code(CUOBJDUMP, "HMMA").matrix == 0
+    assert compiled.nvidia_code(CUOBJDUMP, "HGMMA") == Code(255, 24, spill_loads=1, spill_stores=2, matrix=1)
+    assert compiled.nvidia_code(CUOBJDUMP, "HMMA").matrix == 0
     with pytest.raises(ValueError, match="resource usage"):
-        compile_report.nvidia_code("", "HGMMA")
+        compiled.nvidia_code("", "HGMMA")
 
 
 def test_reads_registers_spills_and_matrix_instructions_of_amd() -> None:
-    assert compile_report.amd_code(AMDGCN, "v_mfma") == Code(164, 16, spill_loads=3, spill_stores=2, matrix=2)
+    assert compiled.amd_code(AMDGCN, "v_mfma") == Code(164, 16, spill_loads=3, spill_stores=2, matrix=2)
     with pytest.raises(ValueError, match="vgpr_count"):
-        compile_report.amd_code("", "v_mfma")
+        compiled.amd_code("", "v_mfma")
 
 
 def test_reads_operands_and_loads() -> None:
-    assert compile_report.left_operands(TTGIR) == ("registers", "shared")
-    assert compile_report.loose_loads(TTGIR) == 1
+    assert compiled.left_operands(TTGIR) == ("registers", "shared")
+    assert compiled.loose_loads(TTGIR) == 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_reads_operands_and_loads() -> None:
     ],
 )
 def test_resident_programs(target: str, registers: int, shared: int, warps: int, programs: int) -> None:
-    assert compile_report.resident_programs(registers, shared, warps, TARGETS[target]) == programs
+    assert targets.resident_programs(registers, shared, warps, TARGETS[target]) == programs
 
 
 @pytest.mark.parametrize(
@@ -129,8 +132,8 @@ def test_work_of_a_step() -> None:
     # 8 warps on 64 rows: two warpgroups, each of which merges the tile.
     merging = 2 * 8 * (2 * 64 * 32) * 2
     read = 2 * (9 * 64 * 32 + 2 * 64 * 32)
-    assert compile_report.work(forward()) == Work(products, merging, read)
-    assert compile_report.work(Launch("merge_kernel", {}, {}, None)) is None
+    assert launches.work(forward()) == Work(products, merging, read)
+    assert launches.work(Launch("merge_kernel", {}, {}, None)) is None
     times = Work(1978.0, 67.0, 11.0).seconds(HOPPER, "bfloat16")
     assert times == pytest.approx({"matrix": 2.0, "merge": 1.0, "L2": 2.0})
     assert Work(67.0, 67.0, 0).seconds(HOPPER, "float32")["fp32"] == pytest.approx(2.0)
@@ -171,13 +174,13 @@ def test_a_launcher_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_launches_are_those_of_the_launchers() -> None:
-    (dx,) = compile_report.launches(Case("sm_90", "dx", "bfloat16", 50, 8))
+    (dx,) = launches.launches(Case("sm_90", "dx", "bfloat16", 50, 8))
     assert (dx.arguments["stack_row"], dx.arguments["K"], dx.arguments["H"]) == (1, 3072, 768)
-    assert [one.kernel for one in compile_report.launches(Case("sm_90", "dw", "tf32", 50, 8))] == [
+    assert [one.kernel for one in launches.launches(Case("sm_90", "dw", "tf32", 50, 8))] == [
         "merged_linear_dw_kernel",
         "reduce_kernel",
     ]
-    small = compile_report.launches(Case("gfx942", "forward", "bfloat16", 197, 20))[0]
+    small = launches.launches(Case("gfx942", "forward", "bfloat16", 197, 20))[0]
     assert small.problem is not None
     assert small.problem.device == TARGETS["gfx942"].device
 
@@ -197,7 +200,7 @@ def test_a_tables_entry_becomes_cases(tmp_path: Path, monkeypatch: pytest.Monkey
         ("sm_90", "dx", None),
         ("sm_90", "topk", 2),
     ]
-    (launch,) = compile_report.launches(cases[0])
+    (launch,) = launches.launches(cases[0])
     assert launch.tile == Tile(64, 64, 16, 2, 2, 8)
 
 
