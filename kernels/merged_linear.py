@@ -144,8 +144,7 @@ def merged_linear_kernel(
     gates = ()
     x_at = ()
     x_offsets = ()
-    y_at = ()
-    lengths = ()
+    longest = tl.full((), 0, tl.int32)
     for g in tl.static_range(GROUP):
         # The last group repeats the last sample; only its own results are stored.
         b = tl.minimum(b0 + g, B - 1)
@@ -153,18 +152,14 @@ def merged_linear_kernel(
         per_sample = per_sample + (normalize(logits, temperature, T, KIND, TOP_K),)
         first, length = sample_span(cu_seqlens, b, N, total, RAGGED)
         x_at = x_at + (x + b.to(tl.int64) * x_sample + first * x_token,)
-        y_at = y_at + (y + b.to(tl.int64) * y_sample + first * y_token,)
         # Tokens outside are read at a place inside and not stored, so the loop needs no mask for them.
         near = tl.minimum(tokens, tl.maximum(length - 1, 0))
         x_offsets = x_offsets + (near[None, :].to(tl.int64) * x_token + ks[:, None].to(tl.int64) * x_k,)
-        lengths = lengths + (tl.where(b0 + g < B, length, 0),)
+        longest = tl.maximum(longest, length)
         accumulators = accumulators + (tl.zeros((ROWS, TOKENS), dtype=tl.float32),)
         if GATED:
             gates = gates + (tl.zeros((ROWS, TOKENS), dtype=tl.float32),)
     if RAGGED:
-        longest = lengths[0]
-        for g in tl.static_range(1, GROUP):
-            longest = tl.maximum(longest, lengths[g])
         if longest <= n0:
             return
     experts, filled, weights = _choose_slots(per_sample, T, TP, SLOTS, GROUP)
@@ -223,8 +218,12 @@ def merged_linear_kernel(
                 sums = sums + (gates[g] + shifts[g][:, None],)
             gates = sums
     for g in tl.static_range(GROUP):
+        # Found again and not kept: registers are what the loop is short of.
+        first, length = sample_span(cu_seqlens, tl.minimum(b0 + g, B - 1), N, total, RAGGED)
+        to = y + (b0 + g).to(tl.int64) * y_sample + first * y_token
         gate = gates[g] if GATED else accumulators[g]
-        _store(y_at[g], accumulators[g], gate, n0, lengths[g], row0, H, y_token, y_row, ACTIVATION, GATED)
+        length = tl.where(b0 + g < B, length, 0)
+        _store(to, accumulators[g], gate, n0, length, row0, H, y_token, y_row, ACTIVATION, GATED)
 
 
 def merged_linear(

@@ -171,6 +171,9 @@ def _wanted(problem: Problem) -> Tile:
     crowded = problem.slots(group) * group > FEW_WEIGHTS or problem.element_size > 2
     crowded = crowded or (problem.gated and tokens > 64 and kind != "cdna")
     crowded = crowded or (kind == "ampere" and (group > 2 or problem.gated))
+    if tokens <= 16:
+        # With more warps a tile of x is too small for asynchronous copies.
+        return Tile(rows=64, tokens=tokens, depth=16, group=group, stages=stages, warps=4)
     return Tile(rows=64, tokens=tokens, depth=16 if crowded else 32, group=group, stages=stages, warps=8)
 
 

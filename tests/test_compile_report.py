@@ -167,7 +167,7 @@ def test_a_launcher_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(case: Case) -> None:
         raise TypeError("unexpected argument")
 
-    monkeypatch.setattr(compile_report, "launch", fail)
+    monkeypatch.setattr(launches, "launch", fail)
     (result,) = compile_report.report([Case("sm_90", "forward", "bfloat16", 50, 8)])
     assert result.problems == ["does not compile"]
     assert "unexpected argument" in result.error
