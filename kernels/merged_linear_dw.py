@@ -33,7 +33,7 @@ def merged_linear_dw_kernel(
     routing,  # [B, T] logits, float32; read only where experts may be skipped
     partial,  # [B, tiles, T], float32
     cu_seqlens,  # [B + 1] if RAGGED
-    B, N, K, H, total, temperature,
+    B, N, K, H, total, tiles, temperature,
     dy_sample, dy_token, dy_row,
     x_sample, x_token, x_k,
     stack_expert, stack_row, stack_k,
@@ -43,9 +43,10 @@ def merged_linear_dw_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     k_tiles = tl.cdiv(K, DEPTH)
-    tile = tl.program_id(1)
-    tiles = tl.num_programs(1)
-    b0 = tl.program_id(0) * GROUP
+    # Neighbouring programs share a tile, so the task vectors they read meet in L2.
+    groups = tl.cdiv(B, GROUP)
+    tile = tl.program_id(0) // groups
+    b0 = (tl.program_id(0) % groups) * GROUP
     row0 = (tile // k_tiles) * ROWS
     k0 = (tile % k_tiles) * DEPTH
     rows = row0 + tl.arange(0, ROWS)
@@ -175,9 +176,9 @@ def merged_linear_dw(
     partial = d_logits.new_empty(batch.samples, tiles, T)
     bias_stride = 0 if bias is None else bias.stride(0)
     with on_device(x):
-        merged_linear_dw_kernel[(triton.cdiv(batch.samples, tile.group), tiles)](
+        merged_linear_dw_kernel[(triton.cdiv(batch.samples, tile.group) * tiles,)](
             dy, x, stack, bias, routing.logits, partial, batch.cu_seqlens,
-            batch.samples, batch.tokens, K, H, batch.total, routing.temperature,
+            batch.samples, batch.tokens, K, H, batch.total, tiles, routing.temperature,
             *batch.strides(dy), *batch.strides(x), *stack.stride(), bias_stride, routing.stride,
             **routing.constants(),
             BIAS=bias is not None, RAGGED=batch.packed, PRECISION=tuning.float32_precision(x.dtype),
