@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,3 +141,12 @@ def test_workers_share_the_workspace(monkeypatch):
 def choose_with_workers(monkeypatch, count):
     monkeypatch.setattr(plan, "worker_count", lambda device: count)
     return choose(32, 50, 8, 768, 3072, strategy="chunked")
+
+
+@pytest.mark.parametrize(("cache", "forward", "backward"), [(50 << 20, 24, 12), (6 << 20, 3, 3), (0, 24, 12)])
+def test_on_a_gpu_a_slab_stays_in_half_of_its_cache(cache, forward, backward, monkeypatch):
+    properties = SimpleNamespace(L2_cache_size=cache)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = torch.device("cuda", 0)
+    assert [plan._slab_bytes(gpu, flag) >> 20 for flag in (False, True)] == [forward, backward]
+    assert plan._slab_bytes(torch.device("cpu"), False) == plan.WORKSPACE_BYTES // 4

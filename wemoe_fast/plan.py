@@ -36,7 +36,8 @@ WORKSPACE_BYTES = 48 << 20
 """Upper bound of the temporary memory of one merged linear, forward or backward, whatever B, N and T are.
 
 Merged weights, the outer products of the backward pass, a slab of the stack in another dtype, and activations that
-are converted or on their way through the activation function take at most a quarter each. (A slab has at least 8
+are converted or on their way through the activation function take at most a quarter each (forward on a GPU merged
+weights half, where no slab is converted). (A slab has at least 8
 rows: the bound holds while 8 rows of 1+T experts fit in a quarter.) Not counted: the results (a gradient of a 16-bit
 stack is summed in float32), and copies of strided inputs: of the stack, and of x where one weight is shared by the
 batch.
@@ -158,13 +159,27 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
         return Plan(strategy, max(1, min(B * N, quarter // numbers)), rows, dtype, reason)
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device)
-    largest = max(GROUP, quarter // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
+    slab = _slab_bytes(x.device, backward)
+    largest = max(GROUP, slab // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
     group = 1 if strategy == "shared" else max(1, min(largest, -(-B // workers) if backward else B))
     converted = 1 + T if stack.dtype != dtype else 0
-    rows = _fit(h, quarter // workers, max(group, converted) * d * size)
+    rows = _fit(h, slab // workers, max(group, converted) * d * size)
     if not backward:
         rows = min(rows, -(-h // (8 * workers)) * 8)
     return Plan(strategy, group, rows, dtype, reason, workers)
+
+
+def _slab_bytes(device: torch.device, backward: bool) -> int:
+    """What the merged weights of a slab may take: a quarter of the workspace.
+
+    Forward on a GPU half of it, since merging needs no converted copy there. No more than half of the GPU's L2 cache,
+    where a slab is to stay until it has been used.
+    """
+    share = WORKSPACE_BYTES // 4
+    if device.type != "cuda":
+        return share
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or WORKSPACE_BYTES
+    return min(share if backward else 2 * share, max(cache // 2, 1 << 20))
 
 
 def tokens_in_a_quarter(numbers_per_token: int, dtype: torch.dtype, workers: int = 1) -> int:
