@@ -22,7 +22,9 @@ CONFIGS = Path(__file__).parent / "configs"
 SLACK_BYTES = 12 << 10
 """Shared memory a kernel needs beside its pipeline's buffers: conversions of layout, sums across warps."""
 WEIGHTS_IN_REGISTERS = {"ampere": 32, "hopper": 80, "cdna": 32}
-"""Routing weights a program can keep in registers beside its sums, by kind of device; read off compiled kernels."""
+"""Routing weights a program can keep in registers beside its sums, of 16-bit tensors, by kind of device.
+
+Read off compiled kernels; half of it where numbers have 32 bits."""
 FEW_WEIGHTS = 32
 """With more than so many, only tiles of depth 16."""
 
@@ -179,7 +181,8 @@ def _wanted(problem: Problem) -> Tile:
 
 def _largest_group(problem: Problem, group: int) -> int:
     """A group, or the largest half of it, quarter ... whose routing weights fit the registers."""
-    while group > 1 and problem.slots(group) * group > WEIGHTS_IN_REGISTERS[problem.device.kind]:
+    room = WEIGHTS_IN_REGISTERS[problem.device.kind] * 2 // max(2, problem.element_size)
+    while group > 1 and problem.slots(group) * group > room:
         group //= 2
     return group
 

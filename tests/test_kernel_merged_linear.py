@@ -10,6 +10,7 @@ from wemoe_fast.kernels import ACTIVATIONS
 from wemoe_fast.normalization import Normalization
 
 pytest.importorskip("triton")
+from wemoe_fast.kernels import merged_linear as module
 from wemoe_fast.kernels.launch import Batch, Routing
 from wemoe_fast.kernels.merged_linear import merged_linear
 from wemoe_fast.kernels.tuning import Tile
@@ -68,6 +69,21 @@ def test_sizes_that_fill_their_tiles_need_no_masks():
     x, stack, logits, bias = inputs(4, 32, 3, d=32, h=32)
     y = merged_linear(x, stack, routing(logits), bias, tile=TILE)
     assert relative_rms(y, oracle(x, stack, logits, bias)) < 1e-6
+
+
+@pytest.mark.parametrize(("d", "h", "even"), [(32, 48, True), (32, 40, False), (40, 48, False)])
+def test_masks_are_left_out_only_where_every_tile_is_full(d, h, even, monkeypatch):
+    """What lies beyond the last row of the last expert may not be memory at all."""
+    x, stack, logits, _ = inputs(2, 7, 3, d=d, h=h)
+    flags, kernel = [], module.merged_linear_kernel
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: flags.append(kwargs["EVEN"]) or kernel[grid](*args, **kwargs)
+
+    monkeypatch.setattr(module, "merged_linear_kernel", Noting())
+    merged_linear(x, stack, routing(logits), tile=TILE)
+    assert flags == [even]
 
 
 def test_the_default_tile():
