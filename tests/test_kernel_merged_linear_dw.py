@@ -50,7 +50,8 @@ def test_any_tile_gives_the_same(tile):
 def test_through_every_normalization_to_the_logits(normalization):
     x, stack, logits, bias = inputs(3, 7, 8)
     dy = torch.randn(3, 7, H)
-    logits[0, 3] = 0.0  # kept or not, its weight may be exactly 0 and still have a gradient
+    logits = -logits.abs()
+    logits[0, 3], logits[1, 3] = 0.0, -9.0  # the largest of its sample: a weight of exactly 0 that has a gradient
     actual = merged_linear_dw(dy, x, stack, routing(logits, normalization), bias, tile=TILE)
     expected = oracle(dy, x, stack, logits, bias, normalization)
     assert relative_rms(actual, expected) < 5e-6

@@ -167,7 +167,7 @@ def backward(
                     return
                 outer = torch.bmm(dy_slab[local].mT, x_block[local]).flatten(1).to(merger.merge_dtype)
                 if d_coefficient is not None:
-                    d_coefficient[group] += torch.mm(outer, slab.mT.to(outer.dtype))
+                    d_coefficient[group] += torch.mm(slab.to(outer.dtype), outer.mT).mT
                 if d_stack is not None:
                     for t, weights in enumerate(merger.coefficient[group].to(outer.dtype).unbind(dim=1)):
                         d_stack[t, rows] += (weights @ outer).view(-1, d)
