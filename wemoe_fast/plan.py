@@ -30,6 +30,8 @@ STRATEGIES = ("auto", "reference", "shared", "chunked", "fused", "factored")
 
 MERGE_COST = 3.0
 GROUP = 8
+WORTH_SHARING = 1 << 24
+"""Multiply-adds of a merged linear below which handing slabs to workers takes longer than it saves."""
 GPU_ROWS = 64
 """On a GPU as many samples share a slab as leaves it at least so many rows: the stack is then read once."""
 WORKSPACE_BYTES = 48 << 20
@@ -158,7 +160,7 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
         numbers = (2 * d + 6 * rows) * torch.promote_types(dtype, torch.float32).itemsize
         return Plan(strategy, max(1, min(B * N, quarter // numbers)), rows, dtype, reason)
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
-    workers = worker_count(x.device)
+    workers = worker_count(x.device) if B * (N + 1 + T) * h * d >= WORTH_SHARING else 1
     slab = _slab_bytes(x.device, backward)
     largest = max(GROUP, slab // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
     group = 1 if strategy == "shared" else max(1, min(largest, -(-B // workers) if backward else B))
