@@ -64,7 +64,7 @@ def set_plan(monkeypatch: pytest.MonkeyPatch, **constants: int) -> None:
 
 @pytest.fixture
 def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of 3 samples, slabs of 8 rows for all workers, blocks of a few tokens: every loop runs, with ragged ends."""
+    """Groups of 3 samples, slabs of 8 rows for all workers, blocks of a few tokens: every loop, with ragged ends."""
     set_plan(monkeypatch, GROUP=3, WORKSPACE_BYTES=2048, WORTH_SHARING=0)
 
 
