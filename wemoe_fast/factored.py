@@ -3,7 +3,8 @@
     y_b = x_b W_0^T + sum_t w_bt (x_b tau_t^T)
 
 (1+T) times the products, but the stack is read once for the whole batch and nothing is merged: best for very
-few tokens per sample, such as decoding. A slab of output rows, a group of tokens and one expert at a time.
+few tokens per sample, such as decoding. A slab of output rows, a group of tokens and one expert at a time. Where
+products are summed in their own dtype, the tokens are weighted and not the results: then they add up in place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from .activations import lookup
 from .plan import Plan
 from .slabs import Gradients, blocks, coefficients, finish, spans, wide
+from .workers import for_each
 
 
 def _tokens(x: Tensor, samples: slice, tokens: slice, dtype: torch.dtype) -> Tensor:
@@ -35,17 +37,23 @@ def forward(
     y = x.new_empty(B, N, h)
     coefficient = coefficients(routing_weights, B, total)
     act = lookup(activation)
-    for rows in spans(h, plan.rows):
+
+    def fill(rows: slice) -> None:
         for samples, part in blocks(B, N, plan.group):
             tokens = _tokens(x, samples, part, dtype)
             weights = _per_token(coefficient[samples], part.stop - part.start)
             combined = tokens.new_zeros(tokens.shape[0], rows.stop - rows.start, dtype=total)
             for t, weight in enumerate(weights):
-                expert = tokens @ stack[t, rows].to(dtype).mT
-                if bias is not None:
-                    expert += bias[t, rows].to(dtype)
-                combined.addcmul_(expert.to(total), weight)
+                slab = stack[t, rows].to(dtype).mT
+                if dtype == total:
+                    combined.addmm_(tokens * weight, slab)
+                else:
+                    combined.addcmul_((tokens @ slab).to(total), weight)
+            if bias is not None:
+                combined += weights.squeeze(2).mT @ bias[:, rows].to(total)
             y[samples, part, rows] = act(combined).view(-1, part.stop - part.start, combined.shape[1])
+
+    for_each(fill, list(spans(h, plan.rows)), plan.workers)
     return y
 
 
@@ -76,7 +84,9 @@ def backward(
             for t, weight in enumerate(weights):
                 slab = stack[t, rows].to(dtype)
                 weighted = (dy_slab * weight).to(dtype)
-                if dx is not None:
+                if dx is not None and dtype == total:
+                    dx_sum.addmm_(weighted, slab)
+                elif dx is not None:
                     dx_sum += weighted @ slab
                 if d_coefficient is not None:
                     inner = torch.linalg.vecdot((tokens @ slab.mT).to(total), dy_slab.to(total))

@@ -154,13 +154,14 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     size = max(dtype.itemsize, stack.dtype.itemsize)
     if strategy == "fused":
         return Plan(strategy, 1, h, dtype, reason)
-    if strategy == "factored":
-        # A slab of one expert at a time; per token at most 2 d + 6 rows numbers are under way.
-        rows = _fit(h, quarter, d * size)
-        numbers = (2 * d + 6 * rows) * torch.promote_types(dtype, torch.float32).itemsize
-        return Plan(strategy, max(1, min(B * N, quarter // numbers)), rows, dtype, reason)
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device) if B * (N + 1 + T) * h * d >= WORTH_SHARING else 1
+    if strategy == "factored":
+        # A slab of one expert at a time; per token at most 2 d + 6 rows numbers are under way.
+        workers = 1 if backward else workers
+        rows = min(_fit(h, quarter // workers, d * size), -(-h // (8 * workers)) * 8)
+        numbers = (2 * d + 6 * rows) * torch.promote_types(dtype, torch.float32).itemsize
+        return Plan(strategy, max(1, min(B * N, quarter // workers // numbers)), rows, dtype, reason, workers)
     slab = _slab_bytes(x.device, backward)
     largest = max(GROUP, slab // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
     group = 1 if strategy == "shared" else max(1, min(largest, -(-B // workers) if backward else B))

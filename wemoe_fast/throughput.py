@@ -9,19 +9,34 @@ from collections.abc import Callable, Mapping
 import torch
 
 
+def wall_seconds(function: Callable[[], object]) -> float:
+    """One call, from an idle device until it is idle again."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
 def interleaved_seconds(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int | Mapping[str, int] = 7,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = wall_seconds,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, A B C A B C ..., after ``warmup`` rounds that do not count."""
+    """Seconds of every call, A B C A B C ..., after ``warmup`` rounds that do not count.
+
+    With ``repeats`` by name, who has had its share drops out of the later rounds.
+    """
+    wanted = dict.fromkeys(functions, repeats) if isinstance(repeats, int) else repeats
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(warmup + repeats):
+    for round_number in range(warmup + max((wanted[name] for name in functions), default=0)):
         for name, function in functions.items():
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
-            if round_number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+            if round_number < warmup:
+                function()
+            elif round_number < warmup + wanted[name]:
+                seconds[name].append(clock(function))
     return seconds
 
 
@@ -35,6 +50,7 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-300))
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
