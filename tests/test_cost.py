@@ -50,6 +50,20 @@ def test_counted_work_of_the_other_strategies():
     assert seconds("shared", asked, only(arithmetic=1)) == 2 * 9 * size
 
 
+def test_counted_work_of_the_backward_pass():
+    asked = problem()
+    size, product = 3072 * 768, 2 * 64 * 50 * 3072 * 768
+    assert seconds("chunked", asked, only(products=1), 64, 128, backward=True) == 2 * product
+    assert seconds("factored", asked, only(products=1), 1, 3072, backward=True) == 18 * product
+    assert seconds("shared", asked, only(arithmetic=1), backward=True) == 2 * 9 * size
+    assert seconds("chunked", asked, only(launch=1), 64, 128, backward=True) == 4 * 24
+    padded, samples = 2 * size * 64 * 64, 64
+    assert seconds("fused", asked, only(products=1), tile=TILE, backward=True) == 2 * padded
+    dx, dw = 2 * 8 * size * samples * 2, 2 * 8 * size * samples
+    assert seconds("fused", asked, only(arithmetic=1), tile=TILE, backward=True) == dx + dw
+    assert seconds("fused", asked, only(launch=1), tile=TILE, backward=True) == 3
+
+
 def test_terms_overlap_and_launches_do_not():
     both = only(products=1, l2_bytes=1)
     alone = [seconds("fused", problem(), only(**{name: 1}), tile=TILE) for name in ("products", "l2_bytes")]

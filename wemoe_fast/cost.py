@@ -1,24 +1,26 @@
 """What a merged linear costs on a GPU, by strategy: counted work over the device's ceilings.
 
-Each strategy's time is the largest of four terms, because they overlap: products on the tensor cores, merging on the
-CUDA cores, bytes through L2, bytes through device memory; plus the launches, which do not. With G samples in a group,
-tiles of M x N, K the inner dimension, S experts with a weight and s bytes per number:
+A pass over the weights takes the largest of four terms, because they overlap: products on the tensor cores, merging on
+the CUDA cores, bytes through L2, bytes through device memory. Launches do not overlap. With G samples in a group, tiles
+of M x N, K the inner dimension, S experts with a weight and s bytes per number:
 
 - ``fused``:    products, padded to tiles; S multiply-adds per merged weight; (1+S) K M s bytes of L2 for every tile and
-                group, and K N s for every tile and sample;
-- ``chunked``:  merged weights written to L2 and read again, 2 h d s bytes per sample, and the stack once;
-- ``factored``: 1+T times the products, and results of every expert in float32;
-- ``shared``:   the stack once, and a plain product.
+                group, and K N s for every tile and sample. Backward: the same for dx, and dw, which reads T tiles for
+                every tile of dy^T x and group;
+- ``chunked``:  merged weights written to L2 and read again, 2 h d s bytes per sample, and the stack once. Backward: a
+                second product, and dy^T x written and read as well;
+- ``factored``: 1+T times the products, and results of every expert in float32. Backward twice that;
+- ``shared``:   the stack once, and a plain product; backward two.
 
 L2 is what bounds WEMoE on a GPU: at N=50 the merged weights of a sample are read for 50 tokens only.
 
-Backward (dx and dw) costs two such passes. The ceilings are published peaks times the share that good kernels reach,
-not measurements of ours; tables written by ``wemoe-fast tune`` come before this model.
+The ceilings are published peaks times the share that good kernels reach, not measurements of ours; tables written by
+``wemoe-fast tune`` come before this model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -66,47 +68,73 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def seconds(
-    strategy: str, problem: Problem, limits: Ceilings, group: int = 1, rows: int = 1, tile: Tile | None = None
+    strategy: str,
+    problem: Problem,
+    limits: Ceilings,
+    group: int = 1,
+    rows: int = 1,
+    tile: Tile | None = None,
+    backward: bool = False,
 ) -> float:
-    """Estimated time of one forward.
+    """Estimated time of one forward, or of one backward (dx and dw).
 
     ``group`` and ``rows`` are those of the plan (``chunked``); ``tile`` that of ``fused``, the chosen one unless given.
     """
-    B, N, h, d, T, s = (
-        problem.samples,
-        problem.tokens,
-        problem.rows,
-        problem.depth,
-        problem.experts,
-        problem.element_size,
-    )
+    if strategy == "fused":
+        if not backward:
+            return _fused(problem, limits, tile or tuning.choose(problem))
+        dx = replace(problem, rows=problem.depth, depth=problem.rows)
+        return _fused(dx, limits, tile or tuning.choose(dx)) + _fused_dw(problem, limits)
+    B, N, h, d, T = problem.samples, problem.tokens, problem.rows, problem.depth, problem.experts
+    s, passes = problem.element_size, 2 if backward else 1
     rate = limits.products if problem.on_tensor_cores else limits.products_float32
     activations = B * N * (d + h) * s
     stack = (1 + T) * h * d * s
-    if strategy == "fused":
-        tile = tile or tuning.choose(problem)
-        slots = problem.slots(tile.group)
-        groups, tiles = _parts(B, tile.group), _parts(N, tile.tokens) * _parts(h, tile.rows)
-        weights = groups * tiles * tile.rows * d
-        products = 2 * weights * tile.group * tile.tokens
-        # A second warpgroup along the tokens merges its own copy.
-        copies = max(1, tile.warps // max(4, tile.rows // 16))
-        merging = 2 * slots * weights * tile.group * copies
-        l2 = weights * (1 + slots) * s + groups * tiles * tile.group * tile.tokens * d * s
-        return _overlapped(limits, rate, products, merging, l2, stack + activations) + limits.launch
     if strategy == "factored":
-        products = 2 * (1 + T) * B * N * h * d
-        combining = 3 * (1 + T) * B * N * h * 4
-        launches = 3 * (1 + T) * _parts(h, rows)
-        return _overlapped(limits, rate, products, 0, combining, stack + activations) + launches * limits.launch
+        products = passes * 2 * (1 + T) * B * N * h * d
+        combining = passes * 3 * (1 + T) * B * N * h * 4
+        launches = passes * 3 * (1 + T) * _parts(h, rows)
+        memory = passes * (stack + activations)
+        return _overlapped(limits, rate, products, 0, combining, memory) + launches * limits.launch
     weights = h * d if strategy == "shared" else B * h * d
-    products, merging = 2 * B * N * h * d, 2 * (1 + T) * weights
-    merge = _overlapped(
-        limits, rate, 0, merging, weights * s, stack * _parts(B, group) if strategy != "shared" else stack
-    )
-    multiply = _overlapped(limits, rate, products, 0, weights * s + activations, activations)
-    launches = 2 * _parts(h, rows) * (1 if strategy == "shared" else _parts(B, group))
+    groups = 1 if strategy == "shared" else _parts(B, group)
+    products, merging = passes * 2 * B * N * h * d, 2 * (1 + T) * weights
+    merge = _overlapped(limits, rate, 0, merging, weights * s, stack * groups)
+    # Backward dy^T x is written too, and read by the product with the task vectors.
+    written = 0 if not backward else 2 * weights * s
+    multiply = _overlapped(limits, rate, products, 0, weights * s + written + passes * activations, activations)
+    launches = passes * 2 * _parts(h, rows) * groups
     return merge + multiply + launches * limits.launch
+
+
+def _fused(problem: Problem, limits: Ceilings, tile: Tile) -> float:
+    B, N, h, d, T = problem.samples, problem.tokens, problem.rows, problem.depth, problem.experts
+    s, slots = problem.element_size, problem.slots(tile.group)
+    rate = limits.products if problem.on_tensor_cores else limits.products_float32
+    groups, tiles = _parts(B, tile.group), _parts(N, tile.tokens) * _parts(h, tile.rows)
+    weights = groups * tiles * tile.rows * d
+    products = 2 * weights * tile.group * tile.tokens
+    # A second warpgroup along the tokens merges its own copy.
+    copies = max(1, tile.warps // max(4, tile.rows // 16))
+    merging = 2 * slots * weights * tile.group * copies
+    l2 = weights * (1 + slots) * s + groups * tiles * tile.group * tile.tokens * d * s
+    memory = (1 + T) * h * d * s + B * N * (d + h) * s
+    return _overlapped(limits, rate, products, merging, l2, memory) + limits.launch
+
+
+def _fused_dw(problem: Problem, limits: Ceilings) -> float:
+    asked = replace(problem, kernel="merged_linear_dw")
+    tile = tuning.choose(asked)
+    B, N, h, d, T = problem.samples, problem.tokens, problem.rows, problem.depth, problem.experts
+    s = problem.element_size
+    rate = limits.products if problem.on_tensor_cores else limits.products_float32
+    tokens = _parts(N, tile.tokens) * tile.tokens
+    programs = _parts(B, tile.group) * _parts(h, tile.rows) * _parts(d, tile.depth)
+    weights = programs * tile.rows * tile.depth
+    products, inner = 2 * weights * tile.group * tokens, 2 * T * weights * tile.group
+    l2 = weights * T * s + programs * tile.group * tokens * (tile.rows + tile.depth) * s
+    memory = T * h * d * s + B * N * (d + h) * s
+    return _overlapped(limits, rate, products, inner, l2, memory) + 2 * limits.launch
 
 
 def _overlapped(

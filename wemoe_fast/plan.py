@@ -140,7 +140,9 @@ def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: boo
     plans = {name: _sized(name, "", x, stack, B, N, backward) for name in ("chunked", "factored")}
     if tuning.fits(tuning.choose(problem), problem):
         plans["fused"] = _sized("fused", "", x, stack, B, N, backward)
-    estimates = {name: cost.seconds(name, problem, limits, p.group, p.rows) for name, p in plans.items()}
+    estimates = {
+        name: cost.seconds(name, problem, limits, p.group, p.rows, backward=backward) for name, p in plans.items()
+    }
     best = min(estimates, key=lambda name: estimates[name])
     listed = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in sorted(estimates.items(), key=lambda e: e[1]))
     return replace(plans[best], reason=f"estimated cheapest, in microseconds: {listed}")
