@@ -1,15 +1,6 @@
 """Correctness cases for every kernel and strategy, each against the float64 oracle.
 
-The bar is what plain PyTorch achieves: the merged weights materialised by an einsum and multiplied by bmm, in the same
-dtype on the same device. With u a quarter of a unit in the last place of that dtype (for tf32 a whole one, tensor cores
-truncate), K the longest chain of a sum and errors relative to the oracle's own size:
-
-    RMS error     at most  (1.05 + 4 / sqrt(n)) x that of plain PyTorch + u + 2^-24 sqrt(K / 6)
-    largest error at most  (1.5  + 4 / sqrt(n)) x that of plain PyTorch + u + 2^-24 sqrt(K / 6)
-
-u is about the RMS of rounding the result, the last term what adding K numbers one after the other in float32 costs (a
-random walk): plain PyTorch may add them up in a luckier order. 4 / sqrt(n) are four standard deviations of the quotient
-of two RMS over n independent numbers; small results are drawn again until n is 64 at least. Every result is computed
+The bars are those of ``judging``; small results are drawn again until n is 64 at least. Every result is computed
 twice, in memory poisoned with NaN, and must be the same bit for bit.
 """
 
@@ -26,10 +17,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.peers import Materialised, materialised_linear
 from wemoe_fast import FastWEMoEMLP, kernels, ops, packed, reference
 from wemoe_fast.kernels.launch import Batch, Routing
 from wemoe_fast.kernels.merge import merge
@@ -38,10 +27,12 @@ from wemoe_fast.kernels.merged_linear_dw import merged_linear_dw
 from wemoe_fast.kernels.router import route, token_mean
 from wemoe_fast.normalization import Normalization
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+from . import peers
+from .judging import DTYPES, Tensors, float32_products, judge, outer_rows, results
+from .peers import Materialised, materialised_linear, modules, with_strategy
+
 FEW_DRAWS = ("mlp", "compile", "capture", "peer", "wide")
 """Drawn once: they are large, and what they are made of is drawn often."""
-UNITS = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-25, "tf32": 2.0**-10}
 STRATEGIES = ("chunked", "fused", "factored", "auto")
 NEEDS = {
     "chunked": ("merge", "router", "ops/chunked", "mlp/chunked"),
@@ -54,7 +45,6 @@ NEEDS_BACKWARD = {name: (*subjects, f"{subjects[-2]}/gradients", f"{subjects[-1]
                   for name, subjects in NEEDS.items()}  # fmt: skip
 NEEDS_BACKWARD["fused"] += ("dx", "dw")
 NEEDS_BACKWARD["auto"] += ("dx", "dw")
-Tensors = dict[str, Tensor]
 Shape = tuple[int, int, int, int, int]
 """B, N, T, d, h."""
 
@@ -179,33 +169,6 @@ def _numbers(draws: list[tuple[Tensors, Tensors, Tensors]]) -> int:
     return min(sum(actual[name].numel() for actual, _, _ in draws) for name in draws[0][0])
 
 
-def judge(
-    actual: list[Tensor],
-    plain: list[Tensor],
-    expected: list[Tensor],
-    dtype: str,
-    chain: int,
-    independent: int | None = None,
-) -> dict[str, float | bool | None]:
-    """Errors of ``actual`` and their bars, by the rule at the top of this module; each a list of draws."""
-    for ours, exact in zip(actual, expected, strict=True):
-        if ours.shape != exact.shape:
-            raise ValueError(f"shape {tuple(ours.shape)}, expected {tuple(exact.shape)}")
-    exact = torch.cat([t.double().flatten() for t in expected])
-    size, largest = max(float(exact.square().mean().sqrt()), 1e-300), max(float(exact.abs().max()), 1e-300)
-    floor = UNITS[dtype] + 2.0**-24 * (chain / 6) ** 0.5
-    errors = []
-    for values in (actual, plain):
-        difference = torch.cat([t.double().flatten() for t in values]) - exact
-        errors.append((float(difference.square().mean().sqrt()) / size, float(difference.abs().max()) / largest))
-    (rms_error, max_error), (plain_rms, plain_max) = errors
-    luck = 4 / (independent or exact.numel()) ** 0.5
-    rms_bar, max_bar = (1.05 + luck) * plain_rms + floor, (1.5 + luck) * plain_max + floor
-    passed = rms_error <= rms_bar and max_error <= max_bar  # NaN never passes
-    figures = {"rms": rms_error, "rms_bar": rms_bar, "max": max_error, "max_bar": max_bar}
-    return {"passed": passed} | {name: value if value < float("inf") else None for name, value in figures.items()}
-
-
 def _what(found: dict[str, float | bool | None]) -> str:
     figures = ", ".join(f"{name} {found[name]}" for name in ("rms", "rms_bar", "max", "max_bar"))
     return figures if found.get("identical", True) else f"two runs differ ({figures})"
@@ -226,17 +189,6 @@ def poisoned() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """ "highest", or "high": TensorFloat-32 allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -461,48 +413,18 @@ def mlp_trial(module: Callable[[Tensor], Tensor], fast: FastWEMoEMLP, x: Tensor,
 
     Backward: the gradients of these samples' part of the result, of the input and the router's parameters.
     """
-    rows = sorted({0, x.shape[0] - 1})
+    rows = outer_rows(x)
     parameters = list(fast.router.parameters())
     dy = torch.zeros_like(x)
     dy[rows] = torch.randn_like(dy[rows])
-    exact = oracle(fast)
-
-    def compute(function: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter], few: bool) -> Tensors:
-        mine = slice(None) if few else rows
-        if not backward:
-            with torch.no_grad():
-                return {"y": function(x)[mine]}
-        x = x.detach().requires_grad_()
-        y = function(x)
-        d_x, *rest = torch.autograd.grad(y, [x, *parameters], (dy[rows] if few else dy).to(y.dtype))
-        return {"d_x": d_x[mine]} | {f"d_parameter {i}": g for i, g in enumerate(rest)}
-
+    few, given, exact = x[rows], dy[rows] if backward else None, oracle(fast)
     return Trial(
-        lambda: compute(module, x, parameters, False),
-        lambda: compute(Materialised(fast), x[rows], parameters, True),
-        lambda: compute(exact, x[rows].double(), list(exact.router.parameters()), True),
+        lambda: results(module, x, dy if backward else None, parameters, rows),
+        lambda: results(Materialised(fast), few, given, parameters),
+        lambda: results(exact, few.double(), given, list(exact.router.parameters())),
         chain=sum(fast.up.stack.shape[1:]) + x.shape[1],
         independent=len(rows) * fast.num_experts,
     )
-
-
-def modules(case: Any, device: torch.device) -> tuple[nn.Module, list[nn.Module], FastWEMoEMLP]:
-    """Base, experts and the WEMoE module of them, for anything with T, d, h, dtype and gated."""
-    dtype = DTYPES[case.dtype]
-    with device:
-        base = peers.static_mlp(case.d, case.h, case.gated)
-        experts = [peers.expert_of(base).to(dtype).eval() for _ in range(case.T)]
-        base = base.to(dtype).eval()
-        fast = FastWEMoEMLP.from_mlps(base, experts, router_depth=2).eval()
-        peers.perturbed(fast.router)
-    return base, experts, fast
-
-
-def with_strategy(fast: FastWEMoEMLP, strategy: str) -> FastWEMoEMLP:
-    """The same module, parameters shared, that runs by another strategy."""
-    module = copy.copy(fast)
-    module.strategy = strategy
-    return module
 
 
 def oracle(fast: FastWEMoEMLP) -> FastWEMoEMLP:
@@ -585,7 +507,7 @@ def check_peer(case: Case, device: torch.device) -> Trial:
     plain = Materialised(fast)
     if device.type == "cuda" and plain.merged_bytes(case.B) > torch.cuda.mem_get_info(device)[0] // 4:
         raise SkippedError("the merged weights of the batch would take a quarter of the free device memory")
-    return mlp_trial(peers.compiled(plain, device), fast, x)
+    return mlp_trial(peers.compiled(plain, peers.dry_backend(device)), fast, x)
 
 
 SUBJECTS: dict[str, Callable[[Case, torch.device], Trial]] = {

@@ -29,12 +29,13 @@ import triton
 from tqdm import tqdm
 from triton.compiler import ASTSource
 
-from benchmarks.compiled import Code, build, source
-from benchmarks.launches import DTYPES, VARIANTS, Case, Launch, launches, work
-from benchmarks.targets import TARGETS, Target, Work, resident_programs
 from wemoe_fast.kernels import tuning
 from wemoe_fast.kernels.tuning import Tile
 from wemoe_fast.report import write_json
+
+from .compiled import Code, build, source
+from .launches import DTYPES, VARIANTS, Case, Launch, launches, work
+from .targets import TARGETS, Target, Work, resident_programs
 
 
 @dataclass
@@ -130,17 +131,18 @@ def ci_cases(targets: Sequence[str], variants: Sequence[str]) -> list[Case]:
     return [case for case in cases if case.target in targets and case.variant in variants]
 
 
-def all_cases(targets: Sequence[str], variants: Sequence[str]) -> list[Case]:
+def all_cases(targets: Sequence[str], variants: Sequence[str], dtypes: Sequence[str] = tuple(DTYPES)) -> list[Case]:
     """Every target, variant, dtype, and size class of the problem; then the tables' entries."""
     cases = []
     for target, variant, dtype, tokens, experts, samples in product(
-        targets, variants, DTYPES, (1, 16, 50, 197), (1, 8, 20), (64, 1)
+        targets, variants, dtypes, (1, 16, 50, 197), (1, 8, 20), (64, 1)
     ):
         top_k = 2 if variant == "topk" else None
         if variant in ("ragged", "topk") and (tokens < 50 or samples == 1 or experts == 1):
             continue  # the forward with a few instructions more
         cases.append(Case(target, variant, dtype, tokens, experts, samples, top_k))
-    return cases + [case for case in table_cases() if case.target in targets and case.variant in variants]
+    shipped = [case for case in table_cases() if case.target in targets and case.variant in variants]
+    return cases + [case for case in shipped if case.dtype in dtypes]
 
 
 DEVICES = {"a100": "sm_80", "h100": "sm_90", "h200": "sm_90", "b200": "sm_100", "mi300": "gfx942"}
@@ -211,10 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", choices=VARIANTS, default=VARIANTS, help="what to launch")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of --subset all")
     parser.add_argument("--subset", choices=("ci", "all"), default="ci", help="a dozen kernels, or all (hours)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(arguments)
-    cases = (ci_cases if options.subset == "ci" else all_cases)(options.targets, options.kernels)
+    if options.subset == "ci":
+        cases = ci_cases(options.targets, options.kernels)
+    else:
+        cases = all_cases(options.targets, options.kernels, options.dtypes)
     rows = []
     sys.stdout.write(line(COLUMNS) + "\n")
     for row in report(tqdm(cases, unit="launch", file=sys.stderr)):

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from benchmarks.launches import MODULES, Launch
-from benchmarks.targets import Target
+from .launches import MODULES, Launch
+from .targets import Target
 
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

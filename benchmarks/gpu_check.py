@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.checks import Case, Verdict
-    from benchmarks.workers import JobError
+    from .checks import Case, Verdict
+    from .workers import JobError
 
 CHECKS_SHARE = 0.55
 """Of the time: what checks may take where times are wanted too."""
@@ -64,8 +64,9 @@ class Session:
     """One run of the command: its clock, its workers and its report."""
 
     def __init__(self, options: argparse.Namespace, start: float) -> None:
-        from benchmarks.workers import Pool
         from wemoe_fast.kernels.tuning import slug
+
+        from .workers import Pool
 
         self.options, self.start, self.end = options, start, start + 60 * options.minutes
         self.pool: Pool[Case, Verdict] = Pool(options.workers)
@@ -96,7 +97,7 @@ class Session:
         return 1 if self.report["checks"]["failed"] or self.report["not_measured"] else 0
 
     def check(self) -> None:
-        from benchmarks import checks, timings
+        from . import checks, timings
 
         found = [
             *timings.cases_of(timings.groups(self.options.suite)),
@@ -113,12 +114,12 @@ class Session:
     def _job(self) -> Any:
         from functools import partial
 
-        from benchmarks import checks
+        from . import checks
 
         return partial(checks.run, device=self.options.device, enough=64 if self.options.suite == "full" else 4)
 
     def _note(self, case: Case, result: Verdict | JobError) -> None:
-        from benchmarks.checks import Verdict
+        from .checks import Verdict
 
         verdict = (
             result
@@ -141,8 +142,8 @@ class Session:
             self.write()
 
     def measure(self) -> None:
-        from benchmarks import timings
-        from benchmarks.workers import JobError
+        from . import timings
+        from .workers import JobError
 
         quick = self.options.suite == "dry"
         settings = timings.Settings(self.options.device, *((2, 1.0, 5.0) if quick else ()))

@@ -11,10 +11,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.targets import TARGETS, Work
 from wemoe_fast.kernels import merge, merged_linear, merged_linear_dw, router, tuning
 from wemoe_fast.kernels.launch import Batch, Routing
 from wemoe_fast.kernels.tuning import Problem, Tile
+
+from .targets import TARGETS, Work
 
 MODULES = {
     "merged_linear_kernel": merged_linear,

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import checks, peers
-from benchmarks.checks import NEEDS, NEEDS_BACKWARD, STRATEGIES, Case
 from wemoe_fast import cost, ops, plan
 from wemoe_fast.task_vectors import MergedLinear
+from wemoe_fast.throughput import synchronize, wall_seconds
+
+from . import checks, peers
+from .checks import NEEDS, NEEDS_BACKWARD, STRATEGIES, Case
+from .judging import DTYPES, float32_products, judge_all, wrong_outputs
+from .memory import free_bytes, peak_extra_bytes
 
 SLOW = (peers.LOOP, peers.FUSION_BENCH)
-SAME_FUNCTION = 0.05
-"""Relative RMS error up to which a peer counts as computing the same function; its errors are not ours to judge."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def cases_of(found: Collection[Group]) -> list[Case]:
 def measure(group: Group, settings: Settings, failed: Collection[tuple[str, str]]) -> dict[str, Any]:
     """Figures of a group, and what was left out and why. ``failed``: (subject, dtype) of failed checks."""
     device = torch.device(settings.device)
-    with checks.float32_products("high" if group.dtype == "tf32" else "highest"):
+    with float32_products("high" if group.dtype == "tf32" else "highest"):
         torch.manual_seed(0)
         result = KINDS[group.kind](group, settings, device, failed)
     if device.type == "cuda":
@@ -147,19 +149,19 @@ class Contenders:
     def __init__(self, group: Group, device: torch.device, failed: Collection[tuple[str, str]]) -> None:
         self.group, self.device = group, device
         self.left_out = excluded(group, failed)
-        base, experts, self.fast = checks.modules(group, device)
+        base, experts, self.fast = peers.modules(group, device)
         self.backward = group.kind == "backward"
-        self.x = torch.randn(group.B, group.N, group.d, device=device, dtype=checks.DTYPES[group.dtype])
+        self.x = torch.randn(group.B, group.N, group.d, device=device, dtype=DTYPES[group.dtype])
         modules: dict[str, Callable[[Tensor], Tensor]] = {
-            strategy: checks.with_strategy(self.fast, strategy)
+            strategy: peers.with_strategy(self.fast, strategy)
             for strategy in STRATEGIES
             if strategy not in self.left_out
         }
         plain = peers.Materialised(self.fast)
         needed = plain.merged_bytes(group.B) * (4 if group.kind in ("backward", "memory") else 2)
-        if needed < _free_bytes(device):
+        if needed < free_bytes(device):
             modules[peers.MATERIALISED] = plain
-            modules[peers.COMPILED] = peers.compiled(plain, device)
+            modules[peers.COMPILED] = peers.compiled(plain, peers.dry_backend(device))
         else:
             for name in (peers.MATERIALISED, peers.COMPILED):
                 self.left_out[name] = f"does not fit: needs about {needed >> 20} MiB"
@@ -188,16 +190,9 @@ class Contenders:
                     raise
                 self._remove(name, f"{type(error).__name__}: {str(error)[:300]}")
                 continue
-            found = {}
-            for output, value in actual.items():
-                values = ([value], [plain[output]], [expected[output]])
-                independent = trial.independent_errors(output)
-                found[output] = checks.judge(*values, self.group.dtype, trial.chain, independent)
-            verified[name] = found
-            if name in STRATEGIES:
-                wrong = [output for output, figures in found.items() if not figures["passed"]]
-            else:
-                wrong = [output for output, figures in found.items() if not (figures["rms"] or 0.0) < SAME_FUNCTION]
+            dtype = self.group.dtype
+            verified[name] = judge_all(actual, plain, expected, dtype, trial.chain, trial.independent)
+            wrong = wrong_outputs(verified[name], dtype, ours=name in STRATEGIES)
             if wrong:
                 self._remove(name, f"wrong at this shape: {', '.join(wrong)}")
         return verified
@@ -213,15 +208,11 @@ class Contenders:
         dy = torch.randn_like(self.x)
         router = list(self.fast.router.parameters())
         return {
-            name: partial(_backward, module, self.x, dy, [] if name == peers.STATIC else _parameters(module, router))
+            name: partial(
+                _backward, module, self.x, dy, [] if name == peers.STATIC else peers.router_parameters(module, router)
+            )
             for name, module in self.modules.items()
         }
-
-
-def _parameters(module: object, router: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The router's parameters; FusionBench's module has a router of its own."""
-    gate = getattr(module, "gate", None)
-    return list(gate.parameters()) if isinstance(gate, nn.Module) and not hasattr(module, "router") else router
 
 
 def _forward(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -232,10 +223,6 @@ def _forward(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _backward(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[nn.Parameter]) -> object:
     x = x.detach().requires_grad_()
     return torch.autograd.grad(module(x), [x, *parameters], dy)
-
-
-def _free_bytes(device: torch.device) -> int:
-    return int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 4 << 30
 
 
 def time_in_turn(runs: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, Any]:
@@ -249,7 +236,7 @@ def time_in_turn(runs: Mapping[str, Callable[[], object]], settings: Settings) -
             if name not in SLOW:
                 rounds[name].append(_quantiles(run, settings))
             elif number == 0:
-                values = sorted(_event_milliseconds(run, settings.device) for _ in range(2))
+                values = sorted(1e3 * wall_seconds(run) for _ in range(2))
                 rounds[name].append((statistics.median(values), values[0], values[-1]))
     return {
         "milliseconds": {name: min(median for median, _, _ in values) for name, values in rounds.items()},
@@ -267,22 +254,8 @@ def _quantiles(run: Callable[[], object], settings: Settings) -> tuple[float, fl
             run, warmup=settings.warmup, rep=settings.milliseconds, quantiles=[0.5, 0.2, 0.8]
         )  # fmt: skip
         return float(median), float(low), float(high)
-    values = sorted(_event_milliseconds(run, settings.device) for _ in range(2))
+    values = sorted(1e3 * wall_seconds(run) for _ in range(2))
     return statistics.median(values), values[0], values[-1]
-
-
-def _event_milliseconds(run: Callable[[], object], device: str) -> float:
-    """One call, from an idle device until it is idle again."""
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def static_flops(group: Group) -> int:
@@ -292,7 +265,7 @@ def static_flops(group: Group) -> int:
 
 def counted_bytes(group: Group) -> int:
     """Device memory as ``wemoe_fast.cost`` counts it: per linear the stack once, its input and its result."""
-    size = checks.DTYPES[group.dtype].itemsize
+    size = DTYPES[group.dtype].itemsize
     linears = 3 if group.gated else 2
     return linears * size * ((1 + group.T) * group.d * group.h + group.B * group.N * (group.d + group.h))
 
@@ -317,7 +290,7 @@ def _timed(
 def _memory(
     group: Group, settings: Settings, device: torch.device, failed: Collection[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Peak bytes beyond what was there; None on the CPU, whose allocator does not count."""
+    """Peak bytes beyond what was there."""
     contenders = Contenders(group, device, failed)
     contenders.modules.pop(peers.COMPILED, None)
     found: dict[str, dict[str, int | None]] = {}
@@ -326,22 +299,10 @@ def _memory(
         for name, run in contenders.runs(kind == "backward").items():
             try:
                 run()
-                found[kind][name] = _peak_bytes(run, device)
+                found[kind][name] = peak_extra_bytes(run, device)
             except torch.OutOfMemoryError:
                 contenders.left_out[f"{name}, {kind}"] = "out of memory"
     return {"peak_extra_bytes": found, "left_out": contenders.left_out}
-
-
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _linears(
@@ -349,8 +310,8 @@ def _linears(
 ) -> dict[str, Any]:
     """Each linear by itself, forward: what ``auto`` chose and why, predicted and measured microseconds."""
     left_out = excluded(group, failed)
-    _, _, fast = checks.modules(group, device)
-    x = torch.randn(group.B, group.N, group.d, device=device, dtype=checks.DTYPES[group.dtype])
+    _, _, fast = peers.modules(group, device)
+    x = torch.randn(group.B, group.N, group.d, device=device, dtype=DTYPES[group.dtype])
     found = {}
     with torch.inference_mode():
         weights = fast.router(x)
@@ -400,11 +361,11 @@ def _host(
         run()
         returned, done = [], []
         for _ in range(repeats):
-            _synchronize(settings.device)
+            synchronize()
             start = time.perf_counter()
             run()
             returned.append(time.perf_counter() - start)
-            _synchronize(settings.device)
+            synchronize()
             done.append(time.perf_counter() - start)
         found[name] = {
             "returned": 1e3 * statistics.median(returned),

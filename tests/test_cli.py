@@ -164,3 +164,19 @@ def test_comparison_is_lazy_and_complete(project):
     assert json.loads(files["metrics"].read_text())["environment"] == environment()
     with pytest.raises(CheckpointError, match="overwrite"):
         write_comparison(rows, experts, project / "c")
+
+
+def test_bench_hands_its_options_to_the_harness(monkeypatch, capsys):
+    from wemoe_fast.benchmarks import throughput
+
+    seen = []
+    monkeypatch.setattr(throughput, "main", lambda arguments, prog: seen.append((arguments, prog)) or 1)
+    assert run("bench", "--suite", "dry", "--threads", 1) == 1
+    assert seen == [(["--suite", "dry", "--threads", "1"], "wemoe-fast bench")]
+
+
+def test_bench_refuses_in_one_message(tmp_path, capsys):
+    assert run("bench", "--compare", tmp_path / "nowhere.json", "--out", tmp_path) == 1
+    assert capsys.readouterr().err.startswith("wemoe-fast bench: ")
+    with pytest.raises(SystemExit):
+        run("inspect", tmp_path, "--suite", "dry")

@@ -14,11 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import compile_report, compiled, launches, targets
-from benchmarks.compile_report import Row
-from benchmarks.compiled import Code
-from benchmarks.launches import Case, Launch
-from benchmarks.targets import TARGETS, Work
+from wemoe_fast.benchmarks import compile_report, compiled, launches, targets
+from wemoe_fast.benchmarks.compile_report import Row
+from wemoe_fast.benchmarks.compiled import Code
+from wemoe_fast.benchmarks.launches import Case, Launch
+from wemoe_fast.benchmarks.targets import TARGETS, Work
 from wemoe_fast.kernels.tuning import Problem, Tile
 
 ROOT = Path(__file__).parents[1]

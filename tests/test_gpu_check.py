@@ -17,11 +17,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks import checks, gpu_check, timings
-from benchmarks.checks import Case
-from benchmarks.timings import Group, Settings
-from benchmarks.workers import JobError, Pool, Worker
 from wemoe_fast import chunked
+from wemoe_fast.benchmarks import checks, gpu_check, timings
+from wemoe_fast.benchmarks.checks import Case
+from wemoe_fast.benchmarks.timings import Group, Settings
+from wemoe_fast.benchmarks.workers import JobError, Pool, Worker
 
 ROOT = Path(__file__).parents[1]
 GROUP = Group("forward", 3, 7, 40, 56, 3, "bfloat16")

@@ -37,7 +37,9 @@ class Refuse:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Refuse())
-import wemoe_fast, wemoe_fast.kernels
+import wemoe_fast, wemoe_fast.cli, wemoe_fast.kernels
+assert not any(name.startswith("wemoe_fast.benchmarks") for name in sys.modules)
+import wemoe_fast.benchmarks.throughput
 assert not Refuse.asked, Refuse.asked
 print(wemoe_fast.__file__, wemoe_fast.kernels.__file__, importlib.util.find_spec("kernels") is None)
 """
@@ -95,6 +97,7 @@ def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
     for name in ("__init__.py", "kernels/__init__.py", "py.typed", "demo/data-requirements.txt", "cli.py"):
         assert f"wemoe_fast/{name}" in names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "wemoe_fast").rglob("*.py")}
+    modules |= {f"wemoe_fast/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
     assert modules <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"wemoe_fast"}
     assert any(name.endswith("LICENSE") for name in names)

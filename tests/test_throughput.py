@@ -12,6 +12,18 @@ def test_calls_are_interleaved_and_warm_up_does_not_count():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_repeats_by_name():
+    calls: list[str] = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = interleaved_seconds(functions, repeats={"a": 1, "b": 3}, warmup=0)
+    assert calls == ["a", "b", "b", "b"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 1, "b": 3}
+
+
+def test_another_clock():
+    assert interleaved_seconds({"a": lambda: 5.0}, repeats=2, clock=lambda call: call()) == {"a": [5.0, 5.0]}
+
+
 def test_medians():
     assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 

@@ -29,18 +29,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 0, 1 where something was refused, 130 when interrupted."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.verb == "bench":
+        options.arguments = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except WEMoEError as error:
         sys.stderr.write(f"wemoe-fast {options.verb}: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"wemoe-fast {options.verb}: interrupted\n")
         return 130
-    return 0
+    return status or 0
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -121,6 +126,13 @@ def _tune(options: argparse.Namespace) -> None:
     )
     _say(summary(table))
     _say(f"\nwritten to {path}")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .benchmarks.throughput import main as bench
+
+    status: int = bench(options.arguments, prog="wemoe-fast bench")
+    return status
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -219,6 +231,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, help="JSON file to write (default: where wemoe-fast looks for it)")
     verb.add_argument("--quiet", action="store_true", help="no progress on stderr")
     verb.set_defaults(run=_tune)
+
+    verb = verbs.add_parser(
+        "bench", add_help=False, help="time this beside everything else that runs WEMoE; see bench --help"
+    )
+    verb.set_defaults(run=_bench, threads=None)
 
     verb = verbs.add_parser("demo", parents=[running, seeded], help="real model, real data, all of the above")
     verb.add_argument("--out", type=Path, default=Path("demo-out"), help="directory to write (default: demo-out)")
