@@ -1,15 +1,15 @@
 """Which strategy runs a merged linear, with which group and slab sizes, and why.
 
 On a GPU where the kernels run: the cheapest by ``cost``, unless a table measured on that device says otherwise.
-Elsewhere the cost model counts multiply-adds per sample of ``x_b W_b^T`` with T task vectors:
+Elsewhere the model counts per sample, in units of a large product's time for one token:
 
-- ``chunked``:  N h d for the product and (1+T) h d for merging, in a skinny product (K = 1+T) that runs
-  ``MERGE_COST`` times slower per operation than a large one;
-- ``factored``: (1+T) N h d, all in large products;
-- ``shared``:   N h d; the one merged weight is spread over the whole batch.
+- ``chunked``:  ``TOKEN_COST`` N for the product, ``MERGE_COST`` (1+T) for merging, which is a skinny product (K = 1+T),
+  and ``WRITE_COST`` for writing the merged weights and reading them again;
+- ``factored``: (1+T) N, all in large products;
+- ``shared``:   N; the one merged weight is spread over the whole batch.
 
-So ``factored`` pays while ``(1+T) N < N + MERGE_COST (1+T)``, that is for very few tokens. The constants
-are measured; see benchmarks/NOTES.md.
+So ``factored`` pays for few tokens: up to 31 with one task vector, 15 with two, 4 with eight, 2 with twenty. The
+constants are measured; see benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from .workers import worker_count
 
 STRATEGIES = ("auto", "reference", "shared", "chunked", "fused", "factored")
 
-MERGE_COST = 3.0
+TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
 GROUP = 8
+SHARED_SLAB_BYTES = 3 << 19
+"""On the CPU, a worker's slab of the one weight that serves a whole batch: it stays in cache until it is multiplied."""
 WORTH_SHARING = 1 << 24
 """Multiply-adds of a merged linear below which handing slabs to workers takes longer than it saves."""
 GPU_ROWS = 64
@@ -108,7 +110,7 @@ def choose(
         return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
     if x.device.type == "cuda" and obstacle is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
-    if (1 + T) * N < N + MERGE_COST * (1 + T):
+    if (1 + T) * N < TOKEN_COST * N + MERGE_COST * (1 + T) + WRITE_COST:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"
         return _sized("factored", reason, x, stack, B, N, backward)
     return _sized("chunked", f"{N} tokens: merging costs less than {T} more products", x, stack, B, N, backward)
@@ -165,6 +167,8 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
         numbers = (2 * d + 6 * rows) * torch.promote_types(dtype, torch.float32).itemsize
         return Plan(strategy, max(1, min(B * N, quarter // workers // numbers)), rows, dtype, reason, workers)
     slab = _slab_bytes(x.device, backward)
+    if strategy == "shared" and x.device.type == "cpu":
+        slab = min(slab, workers * SHARED_SLAB_BYTES)
     largest = max(GROUP, slab // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
     group = 1 if strategy == "shared" else max(1, min(largest, -(-B // workers) if backward else B))
     converted = 1 + T if stack.dtype != dtype else 0
