@@ -150,3 +150,9 @@ def test_on_a_gpu_a_slab_stays_in_half_of_its_cache(cache, forward, backward, mo
     gpu = torch.device("cuda", 0)
     assert [plan._slab_bytes(gpu, flag) >> 20 for flag in (False, True)] == [forward, backward]
     assert plan._slab_bytes(torch.device("cpu"), False) == plan.WORKSPACE_BYTES // 4
+
+
+def test_many_tokens_take_half_a_group():
+    assert choose(32, 127, 8, strategy="chunked").group == plan.GROUP
+    assert choose(32, 128, 8, strategy="chunked").group == plan.GROUP // 2
+    assert choose(32, 128, 8, strategy="chunked").rows > choose(32, 127, 8, strategy="chunked").rows

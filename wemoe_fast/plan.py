@@ -30,6 +30,8 @@ STRATEGIES = ("auto", "reference", "shared", "chunked", "fused", "factored")
 
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
 GROUP = 8
+MANY_TOKENS = 128
+"""From so many tokens on merging weighs less than packing x again for every slab: half a group, slabs twice as high."""
 SHARED_SLAB_BYTES = 3 << 19
 """On the CPU, a worker's slab of the one weight that serves a whole batch: it stays in cache until it is multiplied."""
 WORTH_SHARING = 1 << 24
@@ -169,7 +171,9 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     slab = _slab_bytes(x.device, backward)
     if strategy == "shared" and x.device.type == "cpu":
         slab = min(slab, workers * SHARED_SLAB_BYTES)
-    largest = max(GROUP, slab // max(1, GPU_ROWS * d * size)) if x.device.type == "cuda" else GROUP
+    largest = GROUP if N < MANY_TOKENS else max(1, GROUP // 2)
+    if x.device.type == "cuda":
+        largest = max(GROUP, slab // max(1, GPU_ROWS * d * size))
     group = 1 if strategy == "shared" else max(1, min(largest, -(-B // workers) if backward else B))
     converted = 1 + T if stack.dtype != dtype else 0
     rows = _fit(h, slab // workers, max(group, converted) * d * size)
