@@ -124,8 +124,8 @@ def test_what_is_wrong_at_the_timed_shape_gets_no_time(monkeypatch: pytest.Monke
     break_chunked(monkeypatch)
     failed = {("ops/fused", "bfloat16")}  # the interpreter may be off in this process
     result = timings.measure(GROUP, Settings("cpu"), failed)
-    assert set(result["left_out"]) >= {"chunked", "fused", "auto"}
-    assert set(result["milliseconds"]) & set(checks.STRATEGIES) == {"factored"}
+    assert set(result["left_out"]) >= {"chunked", "fused"}
+    assert set(result["milliseconds"]) & set(checks.STRATEGIES) == {"factored", "auto"}  # which takes factored here
 
 
 def test_shapes_and_kinds_of_the_full_suite() -> None:

@@ -564,8 +564,9 @@ def test_an_optimiser_made_before_goes_on_training_the_routers():
         router_gradients(model, inputs)
         optimiser.step()
         trained = run(model, inputs)
-    assert (trained[0] - before[0]).abs().max() > 1e-3
-    close(run(model, inputs), trained)
+    moved = (trained[0] - before[0]).abs().max()
+    assert moved > 1e-3
+    assert (run(model, inputs)[0] - trained[0]).abs().max() < 1e-3 * moved
 
 
 def test_a_module_registered_twice_stays_one():
