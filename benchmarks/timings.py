@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wemoe_fast import cost, ops, plan
+from wemoe_fast.kernels.tuning import Problem
 from wemoe_fast.task_vectors import MergedLinear
 from wemoe_fast.throughput import synchronize, wall_seconds
 
@@ -342,7 +343,7 @@ def _linear(linear: MergedLinear, x: Tensor, weights: Tensor, activation: str | 
 
 
 def _predicted(x: Tensor, linear: MergedLinear, weights: Tensor) -> dict[str, float]:
-    problem = plan.problem_of(x, linear.stack, x.shape[0], x.shape[1], weights.shape[1])
+    problem = Problem.of("merged_linear", x, linear.stack, x.shape[0], x.shape[1], weights.shape[1])
     plans = {name: plan.choose(x, linear.stack, weights, name) for name in ("chunked", "fused", "factored")}
     limits = cost.ceilings(x.device)
     return {name: 1e6 * cost.seconds(name, problem, limits, p.group, p.rows) for name, p in plans.items()}

@@ -105,20 +105,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def problem(kernel: str, x: Tensor, stack: Tensor, batch: Batch, routing: Routing, gated: bool = False) -> Problem:
     """What the choice of a tile depends on, for x [B, N, K] and stack [1+T, H, K]."""
-    return Problem(
-        kernel,
-        device_of(x.device),
-        x.dtype,
-        samples=batch.samples,
-        tokens=batch.tokens,
-        rows=stack.shape[1],
-        depth=stack.shape[2],
-        experts=routing.experts,
-        kept=routing.kept,
-        gated=gated,
-        element_size=max(x.element_size(), stack.element_size()),
-        precision=float32_precision(x.dtype),
-    )
+    return Problem.of(kernel, x, stack, batch.samples, batch.tokens, routing.kept, gated)
 
 
 def router_problem(hidden: Tensor, width: int, batch: Batch) -> Problem:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CONFIGS = Path(__file__).parent / "configs"
 SLACK_BYTES = 12 << 10
@@ -80,6 +81,34 @@ class Problem:
     gated: bool = False
     element_size: int = 2
     precision: str = "ieee"
+
+    @classmethod
+    def of(
+        cls,
+        kernel: str,
+        x: Tensor,
+        stack: Tensor,
+        samples: int,
+        tokens: int,
+        kept: int,
+        gated: bool = False,
+    ) -> Problem:
+        """Of x [B, N, K] (or packed) and stack [1+T, H, K]."""
+        experts, rows, depth = stack.shape[0] - 1, stack.shape[1], stack.shape[2]
+        return cls(
+            kernel,
+            device_of(x.device),
+            x.dtype,
+            samples=samples,
+            tokens=tokens,
+            rows=rows,
+            depth=depth,
+            experts=experts,
+            kept=min(kept, experts),
+            gated=gated,
+            element_size=max(x.element_size(), stack.element_size()),
+            precision=float32_precision(x.dtype),
+        )
 
     def slots(self, group: int) -> int:
         """Different experts a group may need."""
@@ -216,13 +245,9 @@ def candidates(problem: Problem) -> Iterator[Tile]:
                                 yield tile
 
 
+@lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Tile:
     """The tile of the device's table for this problem, or the default."""
-    return _choose(problem)
-
-
-@lru_cache(maxsize=4096)
-def _choose(problem: Problem) -> Tile:
     key = problem.key()
     for entry in table(problem.device.name).get("tiles", ()):
         if all(entry.get(name) == value for name, value in key.items()):
@@ -230,13 +255,9 @@ def _choose(problem: Problem) -> Tile:
     return default(problem)
 
 
+@lru_cache(maxsize=4096)
 def measured_strategy(problem: Problem, backward: bool) -> str | None:
     """The fastest strategy of the device's table for this problem, None where it was not measured."""
-    return _measured_strategy(problem, backward)
-
-
-@lru_cache(maxsize=4096)
-def _measured_strategy(problem: Problem, backward: bool) -> str | None:
     key = strategy_key(problem, backward)
     for entry in table(problem.device.name).get("strategies", ()):
         if all(entry.get(name) == value for name, value in key.items()):
@@ -269,8 +290,8 @@ def table(device: str) -> dict[str, Any]:
 def forget_tables() -> None:
     """Read the tables again at the next choice."""
     table.cache_clear()
-    _choose.cache_clear()
-    _measured_strategy.cache_clear()
+    choose.cache_clear()
+    measured_strategy.cache_clear()
 
 
 def user_table(device: str) -> Path:

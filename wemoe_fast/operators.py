@@ -1,8 +1,8 @@
 """The operations as registered with torch.library under ``wemoe_fast::``: bodies, fakes, gradients.
 
-Only tensors and plain values cross: a ``Normalization`` is its ``code``, samples of different
-lengths are ``cu_seqlens`` and ``max_seqlen``. What the strategies cannot do themselves, a packed batch or router logits
-instead of weights, is done here for all of them.
+Only tensors and plain values cross: a ``Normalization`` is its ``code``, samples of different lengths are
+``cu_seqlens`` and ``max_seqlen``. What the strategies cannot do themselves, a packed batch or router logits instead of
+weights, is done here for all of them.
 """
 
 # torch.library reads the annotations of the registered functions, so they are not postponed here.
@@ -46,17 +46,7 @@ def merged_linear(
     max_seqlen: int,
 ) -> Tensor:
     """See ``ops.merged_linear``."""
-    if x.numel() == 0 or stack.numel() == 0:
-        return x.new_zeros(*x.shape[:-1], stack.shape[1])
-    norm = Normalization.parse(normalization)
-    plan = _plan(x, stack, routing, strategy, norm.top_k or nonzero, cu_seqlens, max_seqlen)
-    if plan.strategy == "fused":
-        return fused.forward(
-            x, stack, routing, bias, activation, norm, nonzero, cu_seqlens, max_seqlen
-        )  # fmt: skip
-    tokens = x if cu_seqlens is None else packed.pad(x, cu_seqlens, max_seqlen)
-    y = _forward(tokens, stack, norm(routing), bias, activation, plan)
-    return y if cu_seqlens is None else packed.unpad(y, cu_seqlens, x.shape[0])
+    return _merged(x, stack, routing, bias, activation, strategy, normalization, nonzero, cu_seqlens, max_seqlen)
 
 
 @torch.library.custom_op("wemoe_fast::merged_gated_linear", mutates_args=())
@@ -76,18 +66,41 @@ def merged_gated_linear(
     max_seqlen: int,
 ) -> Tensor:
     """See ``ops.merged_gated_linear``; without gradients of its own."""
-    if x.numel() == 0 or up_stack.numel() == 0:
-        return x.new_zeros(*x.shape[:-1], up_stack.shape[1])
+    return _merged(
+        x, up_stack, routing, up_bias, activation, strategy, normalization, nonzero, cu_seqlens, max_seqlen,
+        gate_stack, gate_bias,
+    )  # fmt: skip
+
+
+def _merged(
+    x: Tensor,
+    stack: Tensor,
+    routing: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    strategy: str,
+    normalization: str,
+    nonzero: int | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    gate_stack: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    """act(x_b W_b^T + c_b), or with a gate act(x_b G_b^T + e_b) * (x_b W_b^T + c_b)."""
+    if x.numel() == 0 or stack.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], stack.shape[1])
     norm = Normalization.parse(normalization)
-    plan = _plan(x, up_stack, routing, strategy, norm.top_k or nonzero, cu_seqlens, max_seqlen)
+    plan = _plan(x, stack, routing, strategy, norm.top_k or nonzero, cu_seqlens, max_seqlen)
     if plan.strategy == "fused":
         return fused.forward(
-            x, up_stack, routing, up_bias, activation, norm, nonzero, cu_seqlens, max_seqlen,
-            gate_stack, gate_bias,
-        )  # fmt: skip
+            x, stack, routing, bias, activation, norm, nonzero, cu_seqlens, max_seqlen, gate_stack, gate_bias
+        )
     tokens, weights = x if cu_seqlens is None else packed.pad(x, cu_seqlens, max_seqlen), norm(routing)
-    y = _forward(tokens, gate_stack, weights, gate_bias, activation, plan)
-    y.mul_(_forward(tokens, up_stack, weights, up_bias, "none", plan))
+    if gate_stack is None:
+        y = _forward(tokens, stack, weights, bias, activation, plan)
+    else:
+        y = _forward(tokens, gate_stack, weights, gate_bias, activation, plan)
+        y.mul_(_forward(tokens, stack, weights, bias, "none", plan))
     return y if cu_seqlens is None else packed.unpad(y, cu_seqlens, x.shape[0])
 
 

@@ -61,8 +61,7 @@ def route(
         return normalization(parameters.output_bias.to(total).unsqueeze(0))
     max_seqlen = _packed(hidden, cu_seqlens, max_seqlen)
     hidden, mask = _autocast(hidden), None if token_mask is None else token_mask.bool()
-    tensors = (hidden, *parameters.to_dict().values())
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if not _learning(hidden, *parameters.to_dict().values()):
         return operators.route(
             hidden,
             mask,
@@ -129,9 +128,8 @@ def merged_linear(
     activation = activation or "none"
     if strategy == "reference":
         return _reference(x, stack, normalization(routing_weights), bias, activation, cu_seqlens, max_seqlen)
-    inputs = (x, stack, routing_weights) if bias is None else (x, stack, routing_weights, bias)
     # The activation's own backward needs the product, so it is left to autograd.
-    inside = "none" if torch.is_grad_enabled() and any(t.requires_grad for t in inputs) else activation
+    inside = "none" if _learning(x, stack, routing_weights, bias) else activation
     y = operators.merged_linear(
         x, stack, routing_weights, bias, inside, strategy, normalization.code, nonzero, cu_seqlens, max_seqlen
     )
@@ -157,9 +155,7 @@ def merged_gated_linear(
 
     Arguments, result and errors as in ``merged_linear``; both biases or none.
     """
-    settings = {"normalization": normalization, "nonzero": nonzero, "cu_seqlens": cu_seqlens}
-    tensors = [t for t in (x, gate_stack, up_stack, routing_weights, gate_bias, up_bias) if t is not None]
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    learning = _learning(x, gate_stack, up_stack, routing_weights, gate_bias, up_bias)
     x = _autocast(x)
     check_merged_linear(
         x, {"gate_stack": gate_stack, "up_stack": up_stack}, routing_weights,
@@ -168,13 +164,23 @@ def merged_gated_linear(
     )  # fmt: skip
     max_seqlen = _packed(x, cu_seqlens, max_seqlen)
     if learning or strategy == "reference" or (gate_bias is None) != (up_bias is None):
-        length = {"max_seqlen": max_seqlen if cu_seqlens is not None else None}
-        gate = merged_linear(x, gate_stack, routing_weights, gate_bias, activation, strategy, **settings, **length)  # type: ignore[arg-type]
-        return gate * merged_linear(x, up_stack, routing_weights, up_bias, None, strategy, **settings, **length)  # type: ignore[arg-type]
+
+        def linear(stack: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+            return merged_linear(
+                x, stack, routing_weights, bias, activation, strategy, normalization=normalization, nonzero=nonzero,
+                cu_seqlens=cu_seqlens, max_seqlen=None if cu_seqlens is None else max_seqlen,
+            )  # fmt: skip
+
+        return linear(gate_stack, gate_bias, activation) * linear(up_stack, up_bias, None)
     return operators.merged_gated_linear(
         x, gate_stack, up_stack, routing_weights, gate_bias, up_bias, activation or "none", strategy,
         normalization.code, nonzero, cu_seqlens, max_seqlen,
     )  # fmt: skip
+
+
+def _learning(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _packed(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:

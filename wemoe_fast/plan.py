@@ -118,25 +118,8 @@ def choose(
     return _sized("chunked", f"{N} tokens: merging costs less than {T} more products", x, stack, B, N, backward)
 
 
-def problem_of(x: Tensor, stack: Tensor, B: int, N: int, kept: int) -> Problem:
-    """What the fused kernel's tile and the estimates depend on."""
-    return Problem(
-        "merged_linear",
-        tuning.device_of(x.device),
-        x.dtype,
-        samples=B,
-        tokens=N,
-        rows=stack.shape[1],
-        depth=stack.shape[2],
-        experts=stack.shape[0] - 1,
-        kept=min(kept, stack.shape[0] - 1),
-        element_size=max(x.element_size(), stack.element_size()),
-        precision=tuning.float32_precision(x.dtype),
-    )
-
-
 def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
-    problem = problem_of(x, stack, B, N, kept)
+    problem = Problem.of("merged_linear", x, stack, B, N, kept)
     measured = tuning.measured_strategy(problem, backward)
     if measured is not None:
         return _sized(measured, f"measured fastest on {problem.device.name}", x, stack, B, N, backward)

@@ -26,7 +26,7 @@ from .kernels import tuning
 from .kernels.tuning import Problem, Tile
 from .ops import merged_linear
 from .report import write_json
-from .throughput import relative_rms
+from .throughput import relative_rms, wall_seconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STRATEGIES = ("chunked", "fused", "factored")
@@ -79,6 +79,14 @@ class Trial:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a kernel should give, and the relative RMS error it may have."""
+
+    expected: Tensor
+    bar: float
+
+
 def tune(
     shapes: Sequence[Shape] = SHAPES,
     dtypes: Sequence[str] = ("bfloat16",),
@@ -126,8 +134,9 @@ def tune(
             table["not_measured"].append({**asdict(shape), "dtype": dtype})
             continue
         inputs = _inputs(shape, DTYPES[dtype], place)
-        _tune_tiles(shape, inputs, tries, table)
-        _tune_strategies(shape, inputs, table)
+        goals = _goals(inputs)
+        _tune_tiles(shape, inputs, goals, tries, table)
+        _tune_strategies(shape, inputs, goals["merged_linear"], table)
     path = out or tuning.user_table(limits.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, table)
@@ -157,22 +166,25 @@ def summary(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _tune_tiles(shape: Shape, inputs: dict[str, Tensor], tries: int, table: dict[str, Any]) -> None:
+def _tune_tiles(
+    shape: Shape, inputs: dict[str, Tensor], goals: dict[str, Goal], tries: int, table: dict[str, Any]
+) -> None:
     from .kernels.launch import Batch, Routing, problem
     from .kernels.merged_linear import merged_linear as forward
     from .kernels.merged_linear_dw import merged_linear_dw
 
     x, stack, weights, bias, dy = inputs.values()
     routing, batch = Routing(weights), Batch.of(x)
-    y, dw = _oracle(inputs)
-    runs: dict[str, tuple[Callable[[Tile], Tensor], Tensor]] = {
-        "merged_linear": (lambda tile: forward(x, stack, routing, bias, tile=tile), y),
-        "merged_linear_dw": (lambda tile: merged_linear_dw(dy, x, stack, routing, bias, tile=tile), dw),
+    runs: dict[str, Callable[[Tile], Tensor]] = {
+        "merged_linear": lambda tile: forward(x, stack, routing, bias, tile=tile),
+        "merged_linear_dw": lambda tile: merged_linear_dw(dy, x, stack, routing, bias, tile=tile),
     }
-    for kernel, (run, expected) in runs.items():
+    for kernel, run in runs.items():
         asked = problem(kernel, x, stack, batch, routing)
-        bar = 1.05 * _plain_error(inputs, kernel, expected) + torch.finfo(x.dtype).eps
-        trials = [_try(tile, run, expected, bar) for tile in _promising(asked, tries, cost.ceilings(x.device))]
+        trials = [
+            _try(tile, run, goals[kernel].expected, goals[kernel].bar)
+            for tile in _promising(asked, tries, cost.ceilings(x.device))
+        ]
         fine = [trial for trial in trials if trial.seconds is not None]
         if not fine:
             continue
@@ -211,19 +223,17 @@ def _try(tile: Tile, run: Callable[[Tile], Tensor], expected: Tensor, bar: float
     return Trial(tile, seconds_of(lambda: run(tile), expected.device), error)
 
 
-def _tune_strategies(shape: Shape, inputs: dict[str, Tensor], table: dict[str, Any]) -> None:
+def _tune_strategies(shape: Shape, inputs: dict[str, Tensor], goal: Goal, table: dict[str, Any]) -> None:
     from .kernels.launch import Batch, Routing, problem
 
     x, stack, weights, bias, dy = inputs.values()
     asked = problem("merged_linear", x, stack, Batch.of(x), Routing(weights))
-    expected, _ = _oracle(inputs)
-    bar = 1.05 * _plain_error(inputs, "merged_linear", expected) + torch.finfo(x.dtype).eps
     x, weights = x.requires_grad_(), weights.requires_grad_()
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
     for strategy in STRATEGIES:
         y = merged_linear(x, stack, weights, bias, strategy=strategy)
-        if not relative_rms(y.detach(), expected) <= bar:
+        if not relative_rms(y.detach(), goal.expected) <= goal.bar:
             continue
 
         def differentiate(y: Tensor = y) -> object:
@@ -255,12 +265,7 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
         from triton.testing import do_bench
 
         return float(do_bench(function, warmup=5, rep=25, return_mode="median")) * 1e-3
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(wall_seconds(function) for _ in range(repeats))
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -282,26 +287,27 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str,
     }
 
 
-def _oracle(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """y and the gradient of the routing weights in float64."""
-    x, stack, weights, bias, dy = (value.double() for value in inputs.values())
-    weights.requires_grad_()
+def _goals(inputs: dict[str, Tensor]) -> dict[str, Goal]:
+    """By kernel: y and the routing weights' gradient in float64, and the error of the paper's loop in their dtype."""
+    dtype = inputs["x"].dtype
+    exact, plain = _reference(inputs, torch.float64), _reference(inputs, dtype)
+    return {
+        name: Goal(value, 1.05 * relative_rms(plain[name], value) + torch.finfo(dtype).eps)
+        for name, value in exact.items()
+    }
+
+
+def _reference(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The paper's loop, sample after sample, so that one sample's weights exist at a time."""
+    x, stack, weights, bias, dy = (value.detach() for value in inputs.values())
+    x, stack, bias, dy = x.to(dtype), stack.to(dtype), bias.to(dtype), dy.to(dtype)
+    weights = weights.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     ys, gradients = [], []
     for b in range(x.shape[0]):
         y = reference.merged_linear(x[b : b + 1], stack, weights[b : b + 1], bias)
         gradients.append(torch.autograd.grad(y, weights, dy[b : b + 1])[0][b])
         ys.append(y.detach())
-    return torch.cat(ys), torch.stack(gradients)
-
-
-def _plain_error(inputs: dict[str, Tensor], kernel: str, expected: Tensor) -> float:
-    """Relative RMS error of the paper's loop in the dtype of the inputs."""
-    x, stack, weights, bias, dy = inputs.values()
-    weights = weights.detach().requires_grad_()
-    y = reference.merged_linear(x, stack, weights, bias)
-    if kernel == "merged_linear":
-        return relative_rms(y.detach(), expected)
-    return relative_rms(torch.autograd.grad(y, weights, dy)[0], expected)
+    return {"merged_linear": torch.cat(ys), "merged_linear_dw": torch.stack(gradients)}
 
 
 def _name(shape: Shape) -> str:
