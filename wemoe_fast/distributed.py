@@ -1,0 +1,100 @@
+"""One run on several processes, as ``torchrun`` starts them: who does what, and how they agree.
+
+Without ``torchrun`` there is one process, and everything here does nothing. Results must not depend on how many
+processes there are: work is shared out by index, and every process is given the same sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import InputError, WEMoEError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this is number ``rank`` of ``size`` and computes on ``device``."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all of them: progress, tables, files that exist once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Every ``size``-th item, from number ``rank`` on."""
+        return items[self.rank :: self.size]
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of a tensor of the same shape in each."""
+        if self.size == 1:
+            return tensor
+        with _clear_word():
+            total = tensor.detach().clone().contiguous()
+            dist.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process passed, in the order of the processes, in each of them. For small plain values."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _clear_word():
+            dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.gather(None)
+
+
+@contextmanager
+def world(device: str | torch.device = "cpu") -> Iterator[World]:
+    """The processes that ``torchrun`` started (gloo on the CPU, NCCL on GPUs: one each), or this one alone.
+
+    ``device`` "cuda" means the GPU with the number of the process on its machine. Raises InputError where there are
+    more processes than GPUs, WEMoEError where another process ended too soon.
+    """
+    device = torch.device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield World(device=device)
+        return
+    if device.type == "cuda" and device.index is None:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"device: expected a GPU for process {local} of this machine, found {torch.cuda.device_count()};"
+                " start fewer processes with torchrun --nproc-per-node"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    with _clear_word():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _clear_word() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WEMoEError(
+            f"another process of this run ended or cannot be reached ({reason}); what is done is kept:"
+            " start the same command again to go on"
+        ) from error
