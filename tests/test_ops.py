@@ -28,7 +28,7 @@ from wemoe_fast.normalization import Normalization
 from wemoe_fast.ops import RouterParameters
 from wemoe_fast.slabs import blocks
 
-STRATEGIES = ("reference", "shared", "chunked", "factored", "auto")
+STRATEGIES = ("reference", "shared", "chunked", "native", "factored", "auto")
 FAST = ("shared", "chunked", "factored")
 EXACT = 1e-12
 # (B, N, T): more samples than a group of the plan, more experts than a group, no samples, one token.
@@ -847,7 +847,9 @@ def test_merged_linear_names_every_shape_that_does_not_fit():
 def test_merged_linear_names_every_number_of_dimensions_that_does_not_fit():
     message = refused(merged_linear, torch.zeros(3, 4), torch.zeros(6, 4), torch.zeros(3), None, strategy="quick")
     assert "4 problems" in message
-    assert "strategy: expected one of auto, reference, shared, chunked, fused, factored, found 'quick'" in message
+    assert (
+        "strategy: expected one of auto, reference, shared, chunked, native, fused, factored, found 'quick'" in message
+    )
     assert "x: expected [B, N, d], found shape (3, 4)" in message
     assert "stack: expected [1+T, h, d], found shape (6, 4)" in message
     assert "routing_weights: expected [B, T], found shape (3,)" in message

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunked, factored, fused, packed
+from . import chunked, factored, fused, native, packed
 from . import token_mean as tokens_of
 from .normalization import Normalization
 from .plan import Plan, choose
@@ -168,8 +168,9 @@ def _forward(
 ) -> Tensor:
     if plan.strategy == "factored":
         return factored.forward(x, stack, routing_weights, bias, activation, plan)
-    tokens = _as_one_sample(x) if plan.strategy == "shared" else x
-    y = chunked.forward(tokens, stack, routing_weights, bias, activation, plan)
+    strategy = native if plan.strategy == "native" else chunked
+    tokens = _as_one_sample(x) if plan.one_sample else x
+    y = strategy.forward(tokens, stack, routing_weights, bias, activation, plan)
     return y.view(x.shape[0], x.shape[1], stack.shape[1])
 
 
@@ -184,9 +185,10 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     if plan.strategy == "factored":
         return factored.backward(dy, x, stack, routing_weights, bias, need, plan)
-    if plan.strategy != "shared":
-        return chunked.backward(dy, x, stack, routing_weights, bias, need, plan)
-    gradients = chunked.backward(_as_one_sample(dy), _as_one_sample(x), stack, routing_weights, bias, need, plan)
+    strategy = native if plan.strategy == "native" else chunked
+    if not plan.one_sample:
+        return strategy.backward(dy, x, stack, routing_weights, bias, need, plan)
+    gradients = strategy.backward(_as_one_sample(dy), _as_one_sample(x), stack, routing_weights, bias, need, plan)
     dx = None if gradients[0] is None else gradients[0].view(x.shape)
     return (dx, *gradients[1:])
 

@@ -103,8 +103,9 @@ def merged_linear(
             results of that sample are not finite either.
         bias: [1+T, h], base first, or None.
         activation: a name in ``wemoe_fast.activations.ACTIVATIONS``, or None.
-        strategy: ``auto`` (see ``wemoe_fast.plan``), ``shared``, ``chunked``, ``fused`` (Triton, on a GPU),
-            ``factored``, or ``reference``, the paper's loop over samples. All give the same result to rounding.
+        strategy: ``auto`` (see ``wemoe_fast.plan``), ``shared``, ``chunked``, ``fused`` (Triton, on a GPU), ``native``
+            (compiled C, on a CPU), ``factored``, or ``reference``, the paper's loop over samples. All give the same
+            result to rounding.
         normalization: ``routing_weights`` are router logits, normalised like this on the way.
         nonzero: a promise that no sample has more than so many routing weights that are not zero: the rest is
             skipped on a GPU. NaN where the promise is broken and was relied on. ``normalization.top_k`` implies it.

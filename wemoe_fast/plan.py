@@ -5,6 +5,7 @@ Elsewhere the model counts per sample, in units of a large product's time for on
 
 - ``chunked``:  ``TOKEN_COST`` N for the product, ``MERGE_COST`` (1+T) for merging, which is a skinny product (K = 1+T),
   and ``WRITE_COST`` for writing the merged weights and reading them again;
+- ``native``:   the same with ``NATIVE_COSTS``: merged and multiplied in cache, where there is a C compiler;
 - ``factored``: (1+T) N, all in large products;
 - ``shared``:   N; the one merged weight is spread over the whole batch.
 
@@ -22,13 +23,20 @@ from torch import Tensor
 
 from . import cost, kernels
 from .errors import InputError
-from .kernels import tuning
+from .kernels import native, tuning
 from .kernels.tuning import Problem
+from .slabs import wide
 from .workers import worker_count
 
-STRATEGIES = ("auto", "reference", "shared", "chunked", "fused", "factored")
+STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "factored")
 
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
+NATIVE_COSTS = 1.05, 1.5, 10.0
+"""The same for ``native``."""
+NATIVE_SHARED = 512
+"""Up to so many tokens with one weight in common ``native`` merges it."""
+NATIVE_ROWS = 64
+"""The CPU kernels are given multiples of so many rows."""
 GROUP = 8
 MANY_TOKENS = 128
 """From so many tokens on merging weighs less than packing x again for every slab: half a group, slabs twice as high."""
@@ -63,6 +71,8 @@ class Plan:
     compute_dtype: torch.dtype
     reason: str
     workers: int = 1
+    one_sample: bool = False
+    """One weight serves the batch: all tokens are treated as those of one sample."""
 
 
 @lru_cache
@@ -104,18 +114,40 @@ def choose(
             f"found {tuple(routing_weights.shape)} for {B} samples; use 'chunked' or 'auto'"
         )
     obstacle = kernels.why_not(x.device, x.dtype)
-    if strategy == "fused" and obstacle is not None:
-        raise InputError(f"strategy 'fused': {obstacle}; use 'auto'")
+    no_native = _why_not_native(x, stack)
+    for name, reason in (("fused", obstacle), ("native", no_native)):
+        if strategy == name and reason is not None:
+            raise InputError(f"strategy {name!r}: {reason}; use 'auto'")
+    one_sample = routing_weights.shape[0] == 1
     if strategy != "auto":
-        return _sized(strategy, "asked for", x, stack, B, N, backward)
-    if routing_weights.shape[0] == 1:
+        plan = _sized(strategy, "asked for", x, stack, B, N, backward)
+        return replace(plan, one_sample=one_sample) if strategy == "native" else plan
+    if one_sample and no_native is None and B * N <= NATIVE_SHARED and _worthwhile(x):
+        reason = f"one merged weight for {B * N} tokens, merged in cache"
+        return replace(_sized("native", reason, x, stack, B, N, backward), one_sample=True)
+    if one_sample:
         return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
     if x.device.type == "cuda" and obstacle is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
-    if (1 + T) * N < TOKEN_COST * N + MERGE_COST * (1 + T) + WRITE_COST:
+    in_cache = no_native is None and _worthwhile(x)
+    token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
+    if token * N + merge * (1 + T) + write > (1 + T) * N:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"
         return _sized("factored", reason, x, stack, B, N, backward)
+    if in_cache:
+        return _sized("native", f"{N} tokens: merged and multiplied in cache", x, stack, B, N, backward)
     return _sized("chunked", f"{N} tokens: merging costs less than {T} more products", x, stack, B, N, backward)
+
+
+def _why_not_native(x: Tensor, stack: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"a CPU is needed, found device {x.device}"
+    return native.why_not(x.dtype, stack.dtype)
+
+
+def _worthwhile(x: Tensor) -> bool:
+    """The CPU kernels compute in float32 or wider: not where the processor multiplies 16-bit numbers itself."""
+    return compute_dtype(x).itemsize > 2
 
 
 def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
@@ -145,6 +177,10 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
         return Plan(strategy, 1, h, dtype, reason)
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device) if B * (N + 1 + T) * h * d >= WORTH_SHARING else 1
+    if strategy == "native":
+        # Several parts for each worker, where they are large, so that all end together.
+        parts = workers * (4 if B * N * h * d >= 16 * WORTH_SHARING else 1)
+        return Plan(strategy, 1, -(-h // (NATIVE_ROWS * parts)) * NATIVE_ROWS, wide(x.dtype), reason, workers)
     if strategy == "factored":
         # A slab of one expert at a time; per token at most 2 d + 6 rows numbers are under way.
         workers = 1 if backward else workers
@@ -162,7 +198,7 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     rows = _fit(h, slab // workers, max(group, converted) * d * size)
     if not backward:
         rows = min(rows, -(-h // (8 * workers)) * 8)
-    return Plan(strategy, group, rows, dtype, reason, workers)
+    return Plan(strategy, group, rows, dtype, reason, workers, one_sample=strategy == "shared")
 
 
 def _slab_bytes(device: torch.device, backward: bool) -> int:

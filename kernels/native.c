@@ -1,0 +1,416 @@
+/* Merged products on a CPU: tiles of merged weights are made in cache and multiplied from there.
+
+       C[m, j] += sum_k A[m, k] W[k, j],    W = sum_t w_t S_t
+
+   A tile of the stack S is gathered once and merged for a group of samples; the weights of a sample exist for a tile at a
+   time, in panels: NR columns of W, row after row. One product serves all: forward (A = x, W = weight transposed), the
+   gradient of x (A = dy, W = weight) and the outer products in the gradient of the routing weights (A = dy transposed,
+   W = x). The sums over k run in an order that depends on nothing but K: what comes out for a token depends neither on
+   the batch nor on the other tokens.
+
+   Numbers are computed with as `real`: float, or double where DOUBLE is defined. */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VECTOR 64
+#define MR 12 /* rows of a block of the product: the sums fit in the registers */
+#elif defined(__AVX__)
+#define VECTOR 32
+#define MR 6
+#elif defined(__aarch64__)
+#define VECTOR 16
+#define MR 12
+#else
+#define VECTOR 16
+#define MR 6
+#endif
+#ifdef DOUBLE
+typedef double real;
+typedef int64_t integer;
+#else
+typedef float real;
+typedef int32_t integer;
+#endif
+#define VL (VECTOR / (int)sizeof(real))
+#define NR (2 * VL)
+#define CB 32   /* numbers of a row of the stack that are gathered and merged at once */
+#define NB 60   /* tokens that are multiplied at once */
+#define GROUP 8 /* samples that a tile of the stack is merged for while it is in cache */
+#define OUTER_ROWS 36
+#define OUTER_COLUMNS 224
+
+typedef real vec __attribute__((vector_size(VECTOR), aligned(4), may_alias));
+typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(4), may_alias));
+typedef integer int4 __attribute__((vector_size(4 * sizeof(real))));
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOAD(p) (*(const vec *)(p))
+#define STORE(p, v) (*(vec *)(p) = (v))
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (int4){i, j, k, l})
+#endif
+
+/* How numbers are stored. */
+enum { REAL, BFLOAT16, FLOAT16 };
+#define BYTES(kind) ((kind) == REAL ? (long)sizeof(real) : 2L)
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+typedef union {
+  float value;
+  uint32_t bits;
+} both;
+
+INLINE real from_bfloat16(uint16_t number) { return ((both){.bits = (uint32_t)number << 16}).value; }
+
+/* Rounded to nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bfloat16(real number) {
+  const uint32_t bits = ((both){.value = (float)number}).bits;
+  return number != number ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+/* to[0:count] = from[at:at + count] */
+INLINE void widen(real *to, const void *from, long at, long count, int kind) {
+  if (kind == REAL) {
+    memcpy(to, (const real *)from + at, count * sizeof(real));
+  } else if (kind == BFLOAT16) {
+    const uint16_t *numbers = (const uint16_t *)from + at;
+    for (long i = 0; i < count; i++) to[i] = from_bfloat16(numbers[i]);
+#ifdef __FLT16_MAX__
+  } else {
+    const _Float16 *numbers = (const _Float16 *)from + at;
+    for (long i = 0; i < count; i++) to[i] = numbers[i];
+#endif
+  }
+}
+
+/* to[at:at + count] = from[0:count] */
+INLINE void narrow(void *to, long at, const real *from, long count, int kind) {
+  if (kind == REAL) {
+    memcpy((real *)to + at, from, count * sizeof(real));
+  } else if (kind == BFLOAT16) {
+    uint16_t *numbers = (uint16_t *)to + at;
+    for (long i = 0; i < count; i++) numbers[i] = to_bfloat16(from[i]);
+#ifdef __FLT16_MAX__
+  } else {
+    _Float16 *numbers = (_Float16 *)to + at;
+    for (long i = 0; i < count; i++) numbers[i] = (_Float16)from[i];
+#endif
+  }
+}
+
+/* c[m, NR] += a[m, K] p[K, NR], m known when compiled. */
+INLINE void block(const int m, long K, const real *a, long row, long column, const real *p, long ps, real *c,
+                  long cs) {
+  vec low[MR], high[MR];
+#pragma GCC unroll 12
+  for (int i = 0; i < m; i++) low[i] = high[i] = (vec){0};
+  for (long k = 0; k < K; k++) {
+    const vec p0 = LOAD(p), p1 = LOAD(p + VL);
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++) {
+      const vec ai = a[i * row] - (vec){0};
+      low[i] += ai * p0;
+      high[i] += ai * p1;
+    }
+    a += column;
+    p += ps;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < m; i++) {
+    STORE(c + i * cs, LOAD(c + i * cs) + low[i]);
+    STORE(c + i * cs + VL, LOAD(c + i * cs + VL) + high[i]);
+  }
+}
+
+#define CASE(m) \
+  case m: block(m, K, a, row, column, p, ps, c, cs); break;
+
+/* c[M, NR] += a[M, K] p[K, NR] in blocks of nearly equal height. */
+static void product(long M, long K, const real *a, long row, long column, const real *p, long ps, real *c,
+                    long cs) {
+  for (long left = M, blocks = (M + MR - 1) / MR; blocks > 0; blocks--) {
+    const long m = (left + blocks - 1) / blocks;
+    switch (m) {
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MR > 6
+      CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+    }
+    a += m * row;
+    c += m * cs;
+    left -= m;
+  }
+}
+
+/* s[t][0:CB] of the stack from number `at` on, zeros behind `count`. */
+INLINE void gather(real *s, const void *stack, long T1, long size, long at, long count, int kind) {
+  for (long t = 0; t < T1; t++) {
+    if (count == CB) {
+      widen(s + t * CB, stack, t * size + at, CB, kind);
+    } else {
+      widen(s + t * CB, stack, t * size + at, count, kind);
+      memset(s + t * CB + count, 0, (CB - count) * sizeof(real));
+    }
+  }
+}
+
+/* A tile of the stack [T1, rows, columns], rows `pitch` apart, in blocks s[row][block][t][CB]: what is used together lies
+   together. Rows from `there` on, up to `rows`, are zeros. */
+static void gather_tile(real *s, const void *stack, long T1, long size, long pitch, long at, long there, long rows,
+                        long columns, int kind) {
+  const long blocks = (columns + CB - 1) / CB;
+  for (long r = 0; r < there; r++)
+    for (long c = 0; c < blocks; c++)
+      gather(s + (r * blocks + c) * T1 * CB, stack, T1, size, at + r * pitch + c * CB, least(CB, columns - c * CB),
+             kind);
+  memset(s + there * blocks * T1 * CB, 0, (rows - there) * blocks * T1 * CB * sizeof(real));
+}
+
+/* out[g][0:CB] = sum_t w[g][t] s[t][0:CB] for `count` samples. */
+INLINE void merge_few(const int count, long T1, const real *w, const real *s, real *out, long os) {
+  for (long c = 0; c < CB; c += NR) {
+    vec low[4], high[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < count; g++) low[g] = high[g] = (vec){0};
+    for (long t = 0; t < T1; t++) {
+      const vec s0 = LOAD(s + t * CB + c), s1 = LOAD(s + t * CB + c + VL);
+#pragma GCC unroll 4
+      for (int g = 0; g < count; g++) {
+        const vec wg = w[g * T1 + t] - (vec){0};
+        low[g] += wg * s0;
+        high[g] += wg * s1;
+      }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < count; g++) {
+      STORE(out + g * os + c, low[g]);
+      STORE(out + g * os + c + VL, high[g]);
+    }
+  }
+}
+
+INLINE void merge(long count, long T1, const real *w, const real *s, real *out, long os) {
+  switch (count) {
+    case 1: merge_few(1, T1, w, s, out, os); break;
+    case 2: merge_few(2, T1, w, s, out, os); break;
+    case 3: merge_few(3, T1, w, s, out, os); break;
+    default: merge_few(4, T1, w, s, out, os);
+  }
+}
+
+/* to[c][r] = from[r][c] for NR rows and CB columns, 4 x 4 at a time. */
+INLINE void transpose(const real *from, real *to) {
+  for (long c = 0; c < CB; c += 4)
+    for (long r = 0; r < NR; r += 4) {
+      const real *f = from + r * CB + c;
+      const vec4 a0 = *(const vec4 *)f, a1 = *(const vec4 *)(f + CB), a2 = *(const vec4 *)(f + 2 * CB),
+                 a3 = *(const vec4 *)(f + 3 * CB);
+      const vec4 low01 = SHUFFLE(a0, a1, 0, 4, 1, 5), low23 = SHUFFLE(a2, a3, 0, 4, 1, 5);
+      const vec4 high01 = SHUFFLE(a0, a1, 2, 6, 3, 7), high23 = SHUFFLE(a2, a3, 2, 6, 3, 7);
+      real *o = to + c * NR + r;
+      *(vec4 *)o = SHUFFLE(low01, low23, 0, 1, 4, 5);
+      *(vec4 *)(o + NR) = SHUFFLE(low01, low23, 2, 3, 6, 7);
+      *(vec4 *)(o + 2 * NR) = SHUFFLE(high01, high23, 0, 1, 4, 5);
+      *(vec4 *)(o + 3 * NR) = SHUFFLE(high01, high23, 2, 3, 6, 7);
+    }
+}
+
+/* Panels out[g][panel][k][NR] of the tile s [panels * NR rows, depth columns], merged with w [count, T1]. */
+static void merge_rows(long count, long T1, const real *w, const real *s, long panels, long depth, real *out) {
+  real merged[4][NR * CB];
+  const long blocks = depth / CB;
+  for (long p = 0; p < panels; p++)
+    for (long c = 0; c < blocks; c++)
+      for (long g = 0; g < count; g += 4) {
+        const long few = least(4, count - g);
+        for (long r = 0; r < NR; r++)
+          merge(few, T1, w + g * T1, s + ((p * NR + r) * blocks + c) * T1 * CB, merged[0] + r * CB, NR * CB);
+        for (long i = 0; i < few; i++) transpose(merged[i], out + (((g + i) * panels + p) * depth + c * CB) * NR);
+      }
+}
+
+/* The same of the tile s [depth rows, panels * NR columns]. */
+static void merge_columns(long count, long T1, const real *w, const real *s, long panels, long depth, real *out) {
+  real merged[4][CB];
+  const long blocks = (panels * NR + CB - 1) / CB;
+  for (long r = 0; r < depth; r++)
+    for (long c = 0; c < blocks; c++)
+      for (long g = 0; g < count; g += 4) {
+        const long few = least(4, count - g);
+        merge(few, T1, w + g * T1, s + (r * blocks + c) * T1 * CB, merged[0], CB);
+        for (long i = 0; i < few; i++)
+          for (long p = c * CB / NR, from = 0; from < CB && p < panels; p++, from += NR)
+            memcpy(out + (((g + i) * panels + p) * depth + r) * NR, merged[i] + from, NR * sizeof(real));
+      }
+}
+
+/* The numbers [count, K] of x from `at` on as they are computed with: where they lie, or widened into `room`. */
+INLINE const real *rows_of(const void *x, long at, long *row, long count, long K, real *room, int kind) {
+  if (kind == REAL) return (const real *)x + at;
+  for (long i = 0; i < count; i++) widen(room + i * K, x, at + i * *row, K, kind);
+  *row = K;
+  return room;
+}
+
+/* y[b, n, j] = sum_k x[b, n, k] W_b[k, j] + sum_t w[b, t] bias[t, j] for j from `first` to `last`.
+
+   x [B, N, K] with strides xb, xn; y [B, N, J] with strides yb, yn, both stored as x_kind; stack [T1, J, K], or
+   [T1, K, J] where `lies`, as stack_kind; w [B, T1]; bias [T1, J] or null. A tile of W has `panels` * NR columns and
+   `depth` rows, a multiple of CB; the sums of `most` samples are under way at once. workspace, numbers:
+   depth * panels * NR * (T1 + GROUP) + most * N * panels * NR + NB * depth. */
+void merged_product(const void *x, long xb, long xn, int x_kind, const void *stack, int stack_kind, long T1, long J,
+                    long K, int lies, const real *w, const real *bias, void *y, long yb, long yn, long B, long N,
+                    long first, long last, long panels, long depth, long most, real *workspace) {
+  const long full = panels * NR;
+  real *s = workspace, *merged = s + depth * full * T1, *sums = merged + GROUP * depth * full,
+       *room = sums + most * N * full, shift[full];
+  for (long j = first; j < last; j += full) {
+    const long width = least(full, last - j), here = (width + NR - 1) / NR, pitch = here * NR;
+    for (long b0 = 0; b0 < B; b0 += most) {
+      const long samples = least(most, B - b0);
+      memset(sums, 0, samples * N * pitch * sizeof(real));
+      for (long k = 0; k < K; k += depth) {
+        const long rows = least(depth, K - k), height = lies ? rows : (rows + CB - 1) / CB * CB;
+        if (lies)
+          gather_tile(s, stack, T1, J * K, J, k * J + j, rows, rows, width, stack_kind);
+        else
+          gather_tile(s, stack, T1, J * K, K, j * K + k, width, pitch, rows, stack_kind);
+        for (long b = b0; b < b0 + samples; b += GROUP) {
+          const long count = least(GROUP, b0 + samples - b);
+          (lies ? merge_columns : merge_rows)(count, T1, w + b * T1, s, here, height, merged);
+          for (long g = b; g < b + count; g++)
+            for (long n = 0; n < N; n += NB) {
+              const long tokens = least(NB, N - n);
+              long row = xn;
+              const real *a = rows_of(x, g * xb + n * xn + k, &row, tokens, rows, room, x_kind);
+              for (long p = 0; p < here; p++)
+                product(tokens, rows, a, row, 1, merged + ((g - b) * here + p) * height * NR, NR,
+                        sums + ((g - b0) * N + n) * pitch + p * NR, pitch);
+            }
+        }
+      }
+      for (long b = 0; b < samples; b++) {
+        if (bias) {
+          memset(shift, 0, width * sizeof(real));
+          for (long t = 0; t < T1; t++)
+            for (long c = 0; c < width; c++) shift[c] += w[(b0 + b) * T1 + t] * bias[t * J + j + c];
+        }
+        for (long n = 0; n < N; n++) {
+          real *sum = sums + (b * N + n) * pitch;
+          if (bias)
+            for (long c = 0; c < width; c++) sum[c] += shift[c];
+          narrow(y, (b0 + b) * yb + n * yn + j, sum, width, x_kind);
+        }
+      }
+    }
+  }
+}
+
+/* sums[t] += <o, s[t]> over CB columns. */
+INLINE void inner(const int count, const real *o, const real *s, vec *sums) {
+  vec low[5], high[5];
+#pragma GCC unroll 5
+  for (int i = 0; i < count; i++) low[i] = high[i] = (vec){0};
+  for (long c = 0; c < CB; c += NR) {
+    const vec o0 = LOAD(o + c), o1 = LOAD(o + c + VL);
+#pragma GCC unroll 5
+    for (int i = 0; i < count; i++) {
+      low[i] += o0 * LOAD(s + i * CB + c);
+      high[i] += o1 * LOAD(s + i * CB + c + VL);
+    }
+  }
+#pragma GCC unroll 5
+  for (int i = 0; i < count; i++) sums[i] += low[i] + high[i];
+}
+
+/* sums[t] += <o, s[t]> for all t, up to five at a time. */
+INLINE void inner_products(long T1, const real *o, const real *s, vec *sums) {
+  for (long t = 0, parts = (T1 + 4) / 5; parts > 0; parts--) {
+    const long some = (T1 - t + parts - 1) / parts;
+    switch (some) {
+      case 1: inner(1, o, s + t * CB, sums + t); break;
+      case 2: inner(2, o, s + t * CB, sums + t); break;
+      case 3: inner(3, o, s + t * CB, sums + t); break;
+      case 4: inner(4, o, s + t * CB, sums + t); break;
+      default: inner(5, o, s + t * CB, sums + t);
+    }
+    t += some;
+  }
+}
+
+/* outer [rows, OUTER_COLUMNS] = dy^T x of one sample for `rows` columns of dy and `columns` of x; `room` for NB tokens. */
+static void outer_product(real *outer, const void *dy, long y0, long yn, long rows, const void *x, long x0, long xn,
+                          long columns, long N, real *room, int kind) {
+  real *left = room, *right = room + NB * OUTER_ROWS;
+  const long panels = (columns + NR - 1) / NR;
+  memset(outer, 0, OUTER_ROWS * OUTER_COLUMNS * sizeof(real));
+  for (long n = 0; n < N; n += NB) {
+    const long count = least(NB, N - n);
+    for (long i = 0; i < count; i++) {
+      widen(left + i * OUTER_ROWS, dy, y0 + (n + i) * yn, rows, kind);
+      for (long p = 0; p < panels; p++) {
+        real *to = right + (p * NB + i) * NR;
+        const long from = x0 + (n + i) * xn + p * NR, some = columns - p * NR;
+        if (some >= NR) {
+          widen(to, x, from, NR, kind);
+        } else {
+          memset(to, 0, NR * sizeof(real));
+          widen(to, x, from, some, kind);
+        }
+      }
+    }
+    for (long p = 0; p < panels; p++)
+      product(rows, count, left, 1, OUTER_ROWS, right + p * NB * NR, NR, outer + p * NR, OUTER_COLUMNS);
+  }
+}
+
+/* dw[b, t] = sum over rows j from `first` to `last` of <dy_b[:, j]^T x_b, S_t[j]>, in double.
+
+   dy [B, N, J] with strides yb, yn, x [B, N, K] with strides xb, xn, both stored as x_kind; stack [T1, J, K] as
+   stack_kind; dw [B, T1]. workspace, numbers: (T1 + GROUP) OUTER_ROWS OUTER_COLUMNS
+   + NB (OUTER_ROWS + OUTER_COLUMNS). */
+void merged_product_dw(const void *dy, long yb, long yn, const void *x, long xb, long xn, int x_kind, const void *stack,
+                       int stack_kind, long T1, long J, long K, double *dw, long B, long N, long first, long last,
+                       real *workspace) {
+  real *s = workspace, *outer = s + T1 * OUTER_ROWS * OUTER_COLUMNS, *room = outer + GROUP * OUTER_ROWS * OUTER_COLUMNS;
+  vec sums[GROUP][T1];
+  memset(dw, 0, B * T1 * sizeof(double));
+  for (long j = first; j < last; j += OUTER_ROWS) {
+    const long rows = least(OUTER_ROWS, last - j);
+    for (long k = 0; k < K; k += OUTER_COLUMNS) {
+      const long columns = least(OUTER_COLUMNS, K - k), blocks = (columns + CB - 1) / CB;
+      gather_tile(s, stack, T1, J * K, K, j * K + k, rows, rows, columns, stack_kind);
+      for (long b = 0; b < B; b += GROUP) {
+        const long count = least(GROUP, B - b);
+        for (long g = 0; g < count; g++)
+          outer_product(outer + g * OUTER_ROWS * OUTER_COLUMNS, dy, (b + g) * yb + j, yn, rows, x, (b + g) * xb + k, xn,
+                        columns, N, room, x_kind);
+        memset(sums, 0, sizeof sums);
+        for (long r = 0; r < rows; r++)
+          for (long c = 0; c < blocks; c++)
+            for (long g = 0; g < count; g++)
+              inner_products(T1, outer + (g * OUTER_ROWS + r) * OUTER_COLUMNS + c * CB, s + (r * blocks + c) * T1 * CB,
+                             sums[g]);
+        for (long g = 0; g < count; g++)
+          for (long t = 0; t < T1; t++)
+            for (int i = 0; i < VL; i++) dw[(b + g) * T1 + t] += sums[g][t][i];
+      }
+    }
+  }
+}
+
+/* What a caller must know: {NR, CB, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
+void constants(long *out) {
+#ifdef __FLT16_MAX__
+  const long known = 1;
+#else
+  const long known = 0;
+#endif
+  const long values[] = {NR, CB, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, known};
+  memcpy(out, values, sizeof values);
+}

@@ -1,0 +1,265 @@
+"""The CPU kernels by themselves, and how they are compiled; as a strategy test_ops has them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import merged_inputs, relative_rms
+
+from wemoe_fast import plan
+from wemoe_fast.errors import InputError
+from wemoe_fast.kernels import native
+from wemoe_fast.ops import merged_linear
+
+pytestmark = pytest.mark.skipif(
+    native.why_not(torch.float32, torch.float32) is not None, reason="there is no C compiler here"
+)
+EXACT = {torch.float32: 2e-6, torch.float64: 1e-14}
+HALF = [torch.bfloat16, *([torch.float16] if native.why_not(torch.float16, torch.float16) is None else [])]
+# around the columns of a panel, a tile's rows and depth, tokens of a block, samples of a group
+SIZES = [(1, 1, 1, 1, 0), (3, 7, 33, 50, 3), (9, 50, 64, 96, 8), (2, 130, 300, 37, 20), (17, 61, 257, 129, 4)]
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing compiled yet, and kept in a folder of its own."""
+    monkeypatch.setenv("WEMOE_FAST_NATIVE", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def operands(B, N, K, J, T, stored=torch.float32, real=torch.float32):
+    x, dy = torch.randn(B, N, K).to(stored), torch.randn(B, N, J).to(stored)
+    return (
+        x,
+        dy,
+        torch.randn(1 + T, J, K).to(stored),
+        torch.randn(B, 1 + T, dtype=real),
+        torch.randn(1 + T, J, dtype=real),
+    )
+
+
+def assert_exact(x, dy, stack, w, bias):
+    """Every kernel against float64, to the rounding of the result."""
+    real, stored = w.dtype, x.dtype
+    exact = EXACT[real] if stored == real else torch.finfo(stored).eps
+    weight = torch.einsum("bt,thd->bhd", w.double(), stack.double())
+    y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
+    native.merged_product(x, stack, w, bias, y, slice(0, y.shape[2]))
+    assert relative_rms(y, x.double() @ weight.mT + (w.double() @ bias.double())[:, None]) <= exact
+    native.merged_product(x, stack, w, None, y, slice(0, y.shape[2]))
+    assert relative_rms(y, x.double() @ weight.mT) <= exact
+    native.merged_product(dy, stack, w, None, dx, slice(0, dx.shape[2]), lies=True)
+    assert relative_rms(dx, dy.double() @ weight) <= exact
+    dw = native.merged_product_dw(dy, x, stack, real, slice(0, dy.shape[2]))
+    assert dw.dtype == torch.float64
+    expected = torch.einsum("bnh,bnd,thd->bt", dy.double(), x.double(), stack.double())
+    assert relative_rms(dw, expected) <= 20 * EXACT[real]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("stored", "real"),
+    [(torch.float32, torch.float32), (torch.float64, torch.float64), *((dtype, torch.float32) for dtype in HALF)],
+    ids=str,
+)
+def test_every_kernel_is_exact(size, stored, real):
+    assert_exact(*operands(*size, stored, real))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_stack_of_another_dtype_than_x(dtype):
+    x, dy, stack, w, bias = operands(3, 7, 33, 50, 3)
+    weight = torch.einsum("bt,thd->bhd", w.double(), stack.double())
+    y = dy.to(dtype)
+    native.merged_product(x.to(dtype), stack, w, bias, y, slice(0, 50))
+    expected = x.to(dtype).double() @ weight.mT + (w.double() @ bias.double())[:, None]
+    assert relative_rms(y, expected) <= torch.finfo(dtype).eps
+    native.merged_product(x, stack.to(dtype), w, bias, dy, slice(0, 50))
+    weight = torch.einsum("bt,thd->bhd", w.double(), stack.to(dtype).double())
+    assert relative_rms(dy, x.double() @ weight.mT + (w.double() @ bias.double())[:, None]) <= EXACT[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_results_are_rounded_as_pytorch_rounds(dtype):
+    """Ties to even, the largest numbers, infinities, NaN, and numbers below the smallest normal one."""
+    ties = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11]
+    numbers = torch.tensor([[*ties, 65519.0, 65520.0, 3.4e38, torch.inf, torch.nan, 1e-7, -0.0]])
+    x, y = torch.zeros(1, 1, 3, dtype=dtype), torch.empty(1, 1, numbers.shape[1], dtype=dtype)
+    stack = torch.zeros(1, numbers.shape[1], 3, dtype=dtype)
+    native.merged_product(x, stack, torch.ones(1, 1), numbers, y, slice(0, numbers.shape[1]))
+    expected = numbers.to(dtype)
+    assert torch.equal(y[0].isnan(), expected.isnan())
+    assert torch.equal(y[0].nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_a_span_is_all_that_is_written():
+    x, dy, stack, w, bias = operands(3, 7, 33, 150, 3)
+    whole, part = torch.empty_like(dy), torch.full_like(dy, 7.0)
+    native.merged_product(x, stack, w, bias, whole, slice(0, 150))
+    native.merged_product(x, stack, w, bias, part, slice(32, 101))
+    assert torch.equal(part[:, :, 32:101], whole[:, :, 32:101])
+    assert (part[:, :, :32] == 7).all()
+    assert (part[:, :, 101:] == 7).all()
+    dx, part = torch.empty_like(x), torch.full_like(x, 7.0)
+    native.merged_product(dy, stack, w, None, dx, slice(0, 33), lies=True)
+    native.merged_product(dy, stack, w, None, part, slice(16, 20), lies=True)
+    assert torch.equal(part[:, :, 16:20], dx[:, :, 16:20])
+    assert (part[:, :, :16] == 7).all()
+    assert (part[:, :, 20:] == 7).all()
+    parts = [native.merged_product_dw(dy, x, stack, torch.float32, slice(a, b)) for a, b in ((0, 40), (40, 150))]
+    assert relative_rms(sum(parts), native.merged_product_dw(dy, x, stack, torch.float32, slice(0, 150))) < 1e-6
+
+
+def test_strided_operands():
+    x, dy, stack, w, bias = operands(5, 9, 24, 40, 3)
+    y, strided = torch.empty_like(dy), torch.zeros(9, 5, 2, 40)
+    native.merged_product(x, stack, w, bias, y, slice(0, 40))
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    native.merged_product(turned, stack, w, bias, strided[:, :, 1].transpose(0, 1), slice(0, 40))
+    assert torch.equal(strided[:, :, 1].transpose(0, 1), y)
+    assert not strided[:, :, 0].any()
+
+
+def test_more_tokens_than_are_under_way_at_once(monkeypatch):
+    x, dy, stack, w, bias = operands(3, 70, 24, 40, 3)
+    whole, pieces = torch.empty_like(dy), torch.empty_like(dy)
+    native.merged_product(x, stack, w, bias, whole, slice(0, 40))
+    for tokens in (1, 33, 70, 150):
+        monkeypatch.setattr(native, "SUMS_BYTES", tokens * native.library(torch.float32).width(lies=False) * 4)
+        native.merged_product(x, stack, w, bias, pieces.fill_(torch.nan), slice(0, 40))
+        assert torch.equal(pieces, whole)
+
+
+@pytest.mark.parametrize("size", [1 << 14, 1 << 16, 1 << 20])
+def test_tiles_of_any_size_give_the_same(size, monkeypatch):
+    monkeypatch.setattr(native, "TILE_BYTES", size)
+    for T, lies in itertools.product((0, 8, 200), (True, False)):
+        panels, depth = native.library(torch.float32).tile(1 + T, lies)
+        assert panels >= 1
+        assert depth >= 32
+        assert depth % 32 == 0
+    assert_exact(*operands(2, 7, 300, 150, 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_token_depends_neither_on_the_batch_nor_on_other_tokens(dtype):
+    inputs = merged_inputs(11, 70, 4, d=40, h=50, dtype=dtype)
+    with torch.no_grad():
+        whole = merged_linear(**inputs, strategy="native")
+        for b, n in ((0, 70), (5, 13), (10, 1)):
+            alone = {name: inputs[name][b : b + 1] for name in ("x", "routing_weights")}
+            y = merged_linear(**{**inputs, **alone, "x": alone["x"][:, :n]}, strategy="native")
+            assert torch.equal(y[0], whole[b, :n])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_workers_gives_the_same(threads, monkeypatch):
+    monkeypatch.setattr(plan, "WORTH_SHARING", 0)
+    inputs = merged_inputs(5, 20, 3, d=300, h=500)
+    found = []
+    for workers in (1, threads):
+        monkeypatch.setattr(plan, "worker_count", lambda device, workers=workers: workers)
+        found.append(merged_linear(**inputs, strategy="native"))
+    assert torch.equal(*found)
+
+
+def test_not_finite_weights_stay_with_their_sample():
+    inputs = merged_inputs(3, 4, 2)
+    inputs["routing_weights"].data[1, 0] = torch.nan
+    with torch.no_grad():
+        y = merged_linear(**inputs, strategy="native")
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_auto_takes_them_and_says_so():
+    inputs = merged_inputs(8, 50, 8, d=32, h=64)
+    chosen = plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"])
+    assert chosen.strategy == "native"
+    assert "in cache" in chosen.reason
+    alone = plan.choose(inputs["x"][:1], inputs["stack"], inputs["routing_weights"][:1])
+    assert (alone.strategy, alone.one_sample) == ("native", True)
+
+
+def test_16_bit_products_are_left_to_processors_that_have_them(monkeypatch):
+    inputs = merged_inputs(8, 50, 8, dtype=torch.bfloat16)
+    for fast, strategy in ((True, "chunked"), (False, "native")):
+        monkeypatch.setattr(plan, "cpu_has_fast_low_precision", lambda fast=fast: fast)
+        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == strategy
+
+
+def test_narrower_vectors(fresh, monkeypatch):
+    """What a processor without AVX is given."""
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        pytest.skip("this is such a processor")
+    usual = native.library(torch.float32).columns
+    native._library.cache_clear()
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx"))
+    assert native.library(torch.float32).columns < usual
+    for stored, real in (
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+    ):
+        for size in SIZES:
+            assert_exact(*operands(*size, stored, real))
+
+
+def test_compiled_once_for_each_dtype(fresh, monkeypatch):
+    native.library(torch.float32)
+    (made,) = fresh.iterdir()
+    assert made.suffix == ".so"
+    native._library.cache_clear()
+    commands = []
+    monkeypatch.setattr(native, "_run", lambda command, run=native._run: commands.append(command) or run(command))
+    native.library(torch.float32)
+    assert [command[1:] for command in commands] == [["--version"]]
+    native.library(torch.float64)
+    assert len(list(fresh.iterdir())) == 2
+
+
+def test_switched_off(monkeypatch):
+    native._library.cache_clear()
+    monkeypatch.setenv("WEMOE_FAST_NATIVE", "0")
+    try:
+        inputs = merged_inputs(8, 50, 8)
+        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == "chunked"
+        with pytest.raises(InputError, match=r"'native': the CPU kernels are switched off .* use 'auto'"):
+            merged_linear(**inputs, strategy="native")
+    finally:
+        native._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("SOURCE", "int broken(", "failed: "),
+        ("CC", "/nowhere/cc", "no C compiler was found"),
+        ("WEMOE_FAST_NATIVE", "/proc/nowhere", "cannot be kept in /proc/nowhere"),
+    ],
+)
+def test_without_them_there_is_a_reason_and_another_strategy(name, value, reason, fresh, monkeypatch):
+    if name == "SOURCE":
+        source = fresh / "broken.c"
+        source.write_text(value)
+        monkeypatch.setattr(native, "SOURCE", source)
+    else:
+        monkeypatch.setenv(name, value)
+    if name == "CC":
+        monkeypatch.setattr(native.shutil, "which", lambda command: None)
+    why = native.why_not(torch.float32, torch.float32)
+    assert why is not None
+    assert reason in why
+    inputs = merged_inputs(8, 50, 8)
+    assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == "chunked"
+    assert not list(fresh.glob("*.so"))
+
+
+def test_dtypes_that_do_not_go_together():
+    assert native.why_not(torch.float32, torch.float64) == "torch.float64 is not supported beside torch.float32"
+    assert native.why_not(torch.float64, torch.float32) == "torch.float32 is not supported beside torch.float64"
+    assert native.why_not(torch.int8, torch.float32) == "torch.int8 is not supported beside torch.float32"
