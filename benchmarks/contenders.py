@@ -20,7 +20,7 @@ from .judging import DTYPES, Tensors, judge_all, outer_rows, results, wrong_outp
 from .memory import free_bytes
 from .workloads import Workload
 
-STRATEGIES = ("auto", "shared", "chunked", "fused", "factored", "reference")
+STRATEGIES = ("auto", "shared", "chunked", "native", "fused", "factored", "reference")
 OWN_LOOPS = ("reference", peers.LOOP, peers.FUSION_BENCH)
 """One sample after the other: checked on two samples, and slow on many."""
 REFERENCES = (peers.STATIC, peers.PREALLOCATED)

@@ -147,9 +147,11 @@ static void product(long M, long K, const real *a, long row, long column, const 
   }
 }
 
-/* s[t][0:CB] of the stack from number `at` on, zeros behind `count`. */
-INLINE void gather(real *s, const void *stack, long T1, long size, long at, long count, int kind) {
+/* s[t][0:CB] of the stack from number `at` on, zeros behind `count`; asks for what lies `next` numbers later. */
+INLINE void gather(real *s, const void *stack, long T1, long size, long at, long count, long next, int kind) {
   for (long t = 0; t < T1; t++) {
+    const char *coming = (const char *)stack + (t * size + at + next) * BYTES(kind);
+    for (long line = 0; line < CB * BYTES(kind); line += 64) __builtin_prefetch(coming + line);
     if (count == CB) {
       widen(s + t * CB, stack, t * size + at, CB, kind);
     } else {
@@ -166,7 +168,7 @@ static void gather_tile(real *s, const void *stack, long T1, long size, long pit
   const long blocks = (columns + CB - 1) / CB;
   for (long r = 0; r < there; r++)
     for (long c = 0; c < blocks; c++)
-      gather(s + (r * blocks + c) * T1 * CB, stack, T1, size, at + r * pitch + c * CB, least(CB, columns - c * CB),
+      gather(s + (r * blocks + c) * T1 * CB, stack, T1, size, at + r * pitch + c * CB, least(CB, columns - c * CB), pitch,
              kind);
   memset(s + there * blocks * T1 * CB, 0, (rows - there) * blocks * T1 * CB * sizeof(real));
 }

@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wemoe_fast import FastWEMoEMLP, chunked
+from wemoe_fast import FastWEMoEMLP, chunked, native
 from wemoe_fast.benchmarks import comparison, contenders, memory, peers, plots, tables, throughput, workloads
 from wemoe_fast.benchmarks.throughput import Allowance
 from wemoe_fast.benchmarks.workloads import SUITES, TINY, Workload
 from wemoe_fast.errors import InputError
+from wemoe_fast.kernels.native import why_not
 
 CPU = torch.device("cpu")
 DRY = SUITES["dry"]
-OURS = {"auto", "chunked", "factored", "reference"}
+NATIVE = why_not(torch.float32, torch.float32) is None
+OURS = {"auto", "chunked", "factored", "reference", *(["native"] if NATIVE else [])}
 PLAIN = {peers.LOOP, peers.VMAP, peers.MATERIALISED}
 
 
@@ -112,17 +114,18 @@ def test_plots_are_written_and_not_empty(run: tuple[dict[str, Any], str, Path]) 
 
 @pytest.mark.parametrize("step", ["forward", "adapt"])
 def test_a_wrong_strategy_gets_no_time(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    right = chunked.forward
+    module, name = (native, "native") if NATIVE else (chunked, "chunked")
+    right = module.forward
 
     def wrong(*arguments: Any) -> Tensor:
         y = right(*arguments)
         y[-1, -1, -1] += 0.25
         return y
 
-    monkeypatch.setattr(chunked, "forward", wrong)
+    monkeypatch.setattr(module, "forward", wrong)
     result = measure(Workload(TINY, 3, step=step))
-    assert set(result["failed"]) == {"auto", "chunked"}
-    assert not {"auto", "chunked"} & set(result["milliseconds"])
+    assert set(result["failed"]) == {"auto", name}
+    assert not {"auto", name} & set(result["milliseconds"])
     assert {"reference", "factored", *PLAIN} <= set(result["milliseconds"])
 
 
