@@ -57,7 +57,8 @@ def adapt_directory(
         overwrite: replace an output directory that is not empty.
 
     Raises:
-        as ``adapt``; CheckpointError where ``out`` holds something else, InputError for ``restart`` without checkpoints.
+        as ``adapt``; CheckpointError where ``out`` holds something else; InputError for ``restart`` without
+        checkpoints.
     """
     source, out, world = Path(source), Path(out), world or World()
     store = None

@@ -243,8 +243,8 @@ def _refuse_another_run(directory: Path, theirs: Fingerprint, ours: Fingerprint)
             problems.append(f"{name}: expected {expected!r} as in that run, found {found!r}")
     if not problems:
         problems.append(f"tasks: expected the order {', '.join(theirs['tasks'])}, found {', '.join(ours['tasks'])}")
-    problems.append("to go on give what it was given; restart (--restart) deletes its checkpoints and begins anew")
-    raise CheckpointError.of(f"{directory} has checkpoints of another run", problems)
+    advice = "give what it was given to go on, or begin anew with restart (--restart), which deletes them"
+    raise CheckpointError.of(f"{directory} has checkpoints of another run ({advice})", problems)
 
 
 def _model_digest(model: nn.Module) -> str:
@@ -304,7 +304,7 @@ def _write(state: State, directory: Path) -> None:
         "tensors": hashlib.blake2b(tensors, digest_size=16).hexdigest(),
     }
     content["digest"] = _digest(content)
-    (directory / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (directory / JSON_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> State:

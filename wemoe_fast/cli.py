@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument(
         "--patience", type=_positive, metavar="P",
-        help="stop when the mean entropy of P steps is not below that of the P before; it is no accuracy (default: off)",
+        help="stop when the mean entropy of P steps is not below that of the P before; no accuracy (default: off)",
     )  # fmt: skip
     verb.add_argument("--min-delta", type=float, default=0.0, help="nats that count as below (default: 0)")
     verb.add_argument(

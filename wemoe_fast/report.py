@@ -115,9 +115,9 @@ def routing_heatmap(
         image = ax.imshow(grid, norm=norm, cmap=colours, aspect="auto")
         ax.set_title(plain(f"task {task}"), fontsize=10)
         ax.set_xticks(
-            range(len(experts)), map(_plain, experts), rotation=40, ha="right", rotation_mode="anchor", fontsize=8
+            range(len(experts)), map(plain, experts), rotation=40, ha="right", rotation_mode="anchor", fontsize=8
         )
-        ax.set_yticks(range(len(layers)), map(_plain, labels), fontsize=8)
+        ax.set_yticks(range(len(layers)), map(plain, labels), fontsize=8)
         ax.tick_params(length=0)
         for side in ax.spines.values():
             side.set_edgecolor("0.8")
