@@ -16,8 +16,8 @@ MOST_NAMED = 12
 
 
 def adaptation_curves(result: Adaptation, path: str | Path) -> None:
-    """Draw a PNG. Above, the entropy in nats of each task's batches, thin, and its moving mean, thick; below, the drift
-    with the limit above which accuracy is at risk.
+    """Draw a PNG. Above, the entropy in nats of each task's batches, thin, and its moving mean, thick; below, the
+    drift with the limit above which accuracy is at risk.
 
     Raises InputError for a run without steps, and without matplotlib.
     """
@@ -34,7 +34,7 @@ def adaptation_curves(result: Adaptation, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
     steps = range(1, len(result.routing_drift) + 1)
-    window = max(1, min(25, len(steps) // 8))
+    window = 1 + 2 * min(12, len(steps) // 16)
     palette = colormaps["tab10" if len(result.entropy) <= 10 else "tab20"]
     marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(steps) <= 10 else {}
     ends = []
@@ -73,9 +73,10 @@ def adaptation_curves(result: Adaptation, path: str | Path) -> None:
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and at most window - 1 before it."""
+    """The mean of each value and its neighbours, window // 2 on either side where there are as many."""
     sums = [0.0, *accumulate(values)]
-    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+    ends = [(max(0, i - window // 2), min(len(values), i + window // 2 + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in ends]
 
 
 def _name_ends(ax: Any, ends: Sequence[tuple[float, str, Any]], step: int) -> None:
