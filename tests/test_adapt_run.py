@@ -61,12 +61,12 @@ def test_the_same_command_goes_on_and_leaves_what_is_finished(problem: Path, tmp
     assert "7 steps, 7 of them done before" in capsys.readouterr().out
     assert (parts / "adaptation.json").stat().st_mtime_ns == stamp
 
-    assert main([*command(problem, parts, 2, "--overwrite", steps=7), "--lr", "0.5"]) == 1
+    assert main([*command(problem, parts, 2, "--overwrite", steps=7), "--lr", "0.02"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("wemoe-fast adapt: ")
-    assert "lr: expected 0.01 as in that run, found 0.5" in error
+    assert "lr: expected 0.01 as in that run, found 0.02" in error
     assert contents(whole) == contents(parts)
-    assert main([*command(problem, parts, 2, "--overwrite", "--restart", steps=7), "--lr", "0.5"]) == 0
+    assert main([*command(problem, parts, 2, "--overwrite", "--restart", steps=7), "--lr", "0.02"]) == 0
     assert contents(whole) != contents(parts)
 
 

@@ -103,7 +103,8 @@ def adapt(
         steps: in all, those of earlier calls that checkpoints hold included.
         patience: stop where the entropy (mean over tasks and steps) of the last `patience` steps lies no more than
             `min_delta` nats below that of the `patience` steps before. Entropy is no accuracy: see above.
-        checkpoints: where to keep the state of the run, and to go on from the newest.
+        checkpoints: where to keep the state of the run, and to go on from the newest; every sample is then read once
+            at the start, to know the data again. Going on sets the global random number generators, too.
         world: the processes of this run. `routing="batch_reduce"` needs the mean over the whole batch at every
             layer and is refused where there are several.
 

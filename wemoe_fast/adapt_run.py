@@ -74,9 +74,9 @@ def adapt_directory(
     model = load(source).to(device=world.device, dtype=dtype)
     loaded = load_tasks(tasks, source)
     if found is not None:
-        done = found["steps"] == steps or (found["stopped_early"] and found["steps"] < steps)
-        if done and found["fingerprint"] == short(fingerprint(model, loaded, settings)):
-            return Adaptation(**found, resumed=found["steps"])
+        finished = _finished(found, short(fingerprint(model, loaded, settings)), steps)
+        if finished is not None:
+            return finished
         check_output(out, overwrite=overwrite)
     result = adapt(model, loaded, steps=steps, checkpoints=store, world=world, progress=progress, **settings)
     if world.first:
@@ -103,6 +103,17 @@ def _found(out: Path, *, overwrite: bool, resumes: bool) -> dict[str, Any] | Non
             raise
         return content
     return None
+
+
+def _finished(content: dict[str, Any], identity: str, steps: int) -> Adaptation | None:
+    """The result that a run of this identity and number of steps wrote, None where another run wrote it."""
+    try:
+        result = Adaptation(**content)
+    except TypeError:  # of another version
+        return None
+    result.resumed = result.steps
+    done = result.steps == steps or (result.stopped_early and result.steps < steps)
+    return result if done and result.fingerprint == identity else None
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def adaptation_curves(result: Adaptation, path: str | Path) -> None:
     if len(ends) <= MOST_NAMED:
         _name_ends(above, ends, len(steps))
     else:
-        above.legend(fontsize=7, ncols=4, frameon=False)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     below.plot(steps, result.routing_drift, color="0.2", linewidth=1.8, **marker)
     below.axhline(DRIFT_LIMIT, color="firebrick", linestyle="--", linewidth=1.2)
     below.text(
@@ -80,12 +80,22 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _name_ends(ax: Any, ends: Sequence[tuple[float, str, Any]], step: int) -> None:
-    """Each line's name at its right end, moved up where names would cover each other."""
+    """Each line's name at its right end; names that would cover each other are spread around their middle."""
     height = 0.055 * ax.get_ylim()[1]
-    lowest = float("-inf")
-    for value, name, colour in sorted(ends, key=lambda end: end[0]):
-        lowest = max(value, lowest + height)
-        ax.annotate(
-            name, (step, lowest), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
+    groups: list[list[tuple[float, str, Any]]] = []
+    for end in sorted(ends, key=lambda end: end[0]):
+        groups.append([end])
+        while len(groups) > 1 and _heights(groups[-1], height)[0] < _heights(groups[-2], height)[-1] + height:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    for group in groups:
+        for y, (_, name, colour) in zip(_heights(group, height), group, strict=True):
+            ax.annotate(
+                name, (step, y), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
+                annotation_clip=False,
+            )  # fmt: skip
+
+
+def _heights(group: Sequence[tuple[float, str, Any]], height: float) -> list[float]:
+    """Where a group's names stand, the lowest first."""
+    lowest = max(0.0, sum(value for value, _, _ in group) / len(group) - (len(group) - 1) / 2 * height)
+    return [lowest + place * height for place in range(len(group))]

@@ -68,6 +68,7 @@ def run_demo(
         adaptation = adapt(model, tasks, seed=seed, progress=progress, **settings)
         save(model, adapted_dir, files_from=merged_dir, settings={"adaptation": settings}, overwrite=True)
         write_json(out / "adaptation.json", adaptation.to_json())
+        adaptation_curves(adaptation, out / "adaptation.png")
 
     def rows() -> Iterator[tuple[str, nn.Module]]:
         yield from baselines(recipe)
