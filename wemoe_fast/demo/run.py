@@ -17,6 +17,7 @@ from ..adapt import adapt
 from ..checkpoint import load, load_pretrained, save
 from ..comparison import compare, environment, table, write_comparison
 from ..config import Recipe, load_recipe
+from ..curves import adaptation_curves
 from ..errors import WEMoEError
 from ..evaluate import Evaluation, evaluate
 from ..merge import baselines, load_recipe_models, merge
