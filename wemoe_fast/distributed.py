@@ -7,6 +7,7 @@ processes there are: work is shared out by index, and every process is given the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -118,7 +119,9 @@ def _clear_word() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # the first sentence, without the place in PyTorch's sources
+        said = re.sub(r"^\[\S*:\d+\] ", "", str(error).strip()).splitlines() or [type(error).__name__]
+        reason = said[0].split(". ")[0]
         raise WEMoEError(
             f"another process of this run ended or cannot be reached ({reason}); what is done is kept:"
             " start the same command again to go on"
