@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ from wemoe_fast.tasks import Head, Task, TensorSamples
 from wemoe_fast.upscale import wemoe_layers
 
 FINGERPRINT = {"model": "m", "tasks": {"one": "1", "two": "2"}, "settings": {"lr": 0.1}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many threads take longer for models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def state(step: int) -> State:
@@ -236,7 +245,7 @@ class Stops(Task):
         return super().logits(model, inputs)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 50])
+@pytest.mark.parametrize("every", [1, 3, 50])
 def test_a_run_stopped_in_the_middle_goes_on_bit_for_bit(every: int, tmp_path: Path) -> None:
     def tasks(kind: type[Task]) -> list[Task]:
         one, two = make_tasks()
@@ -257,7 +266,7 @@ def test_a_run_stopped_in_the_middle_goes_on_bit_for_bit(every: int, tmp_path: P
     model = build()
     seeded()
     found, parts = run(tmp_path / "parts", model=model, every=every, steps=9, tasks=tasks(Task))
-    assert parts.resumed == {1: 4, 2: 4, 3: 3, 50: 0}[every]
+    assert parts.resumed == {1: 4, 3: 3, 50: 0}[every]
     assert same(expected, found)
     assert whole.to_json() == parts.to_json()
 
