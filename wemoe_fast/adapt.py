@@ -7,51 +7,73 @@ tells is the routing: `routing_drift` is, at each step, the largest over layers 
     mean |routing weight| / max(its value at step 1, 1/T)
 
 (1/T is what choosing exactly one expert gives), and above DRIFT_LIMIT a warning is given, once.
+
+With checkpoints a run that was stopped, by anything, goes on where it was: on the CPU, with the same number of
+threads and processes, to the same bits. With several processes (`distributed.world`) each takes its share of every
+task's batch, and the gradients are those of the whole batch, to rounding.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .adapt_state import Checkpoints, Fingerprint, State, fingerprint, generators, set_generators, short
+from .distributed import World
 from .errors import InputError, WEMoEError
 from .evaluate import check_tasks, eval_mode
 from .mlp import FastWEMoEMLP
-from .routing import record_routing
+from .routing import RoutingRecord, record_routing
 from .tasks import Task
 from .upscale import wemoe_layers
 
 # measured on the demo's tuning texts: a run that gained 3 points ended at 2.6, one that ended below its start at 7.4
 DRIFT_LIMIT = 4.0
 ROUTINGS = ("per_sample", "batch_reduce")
+SETTINGS = ("lr", "batch_size", "seed", "routing", "patience", "min_delta")
+"""What, beside the model and the tasks, decides what a step does and when a run ends."""
 
 
 @dataclass
 class Adaptation:
-    """What happened, step by step."""
+    """What happened, step by step; `steps` is the number of steps done, by this call and before a checkpoint.
+
+    `fingerprint` stands for the model, the data and the settings; None where nothing asked for it. `resumed` is the
+    number of steps taken over from a checkpoint, `seconds` the time of this call: neither is part of the result.
+    """
 
     steps: int
     lr: float
     batch_size: int
     seed: int
     routing: str
+    patience: int | None = None
+    min_delta: float = 0.0
+    stopped_early: bool = False
     entropy: dict[str, list[float]] = field(default_factory=dict)
     routing_drift: list[float] = field(default_factory=list)
+    fingerprint: str | None = None
+    resumed: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The result in plain types: the same for the same run, however often it was stopped."""
+        content = asdict(self)
+        del content["resumed"], content["seconds"]
+        return content
 
 
 def adapt(
@@ -63,6 +85,10 @@ def adapt(
     batch_size: int = 16,
     seed: int = 0,
     routing: str = "per_sample",
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    checkpoints: Checkpoints | None = None,
+    world: World | None = None,
     progress: bool = True,
 ) -> Adaptation:
     """Train the routers of `model` in place by entropy minimisation; labels are never read.
@@ -72,63 +98,231 @@ def adapt(
     alone. With `routing="batch_reduce"` all samples of a batch share one routing while adapting. The model
     runs in eval mode; flags, requires_grad and gradients are afterwards as they were before.
 
-    Raises InputError for arguments that do not fit, and WEMoEError when a loss or gradient is not finite; the
-    routers then hold the last values that gave finite losses.
+    Args:
+        model: with routers as they were before adaptation, also where a run goes on.
+        steps: in all, those of earlier calls that checkpoints hold included.
+        patience: stop where the entropy (mean over tasks and steps) of the last `patience` steps lies no more than
+            `min_delta` nats below that of the `patience` steps before. Entropy is no accuracy: see above.
+        checkpoints: where to keep the state of the run, and to go on from the newest; every sample is then read once
+            at the start, to know the data again. Going on sets the global random number generators, too.
+        world: the processes of this run. `routing="batch_reduce"` needs the mean over the whole batch at every
+            layer and is refused where there are several.
+
+    Raises InputError for arguments that do not fit, CheckpointError for checkpoints of another run, and WEMoEError
+    when a loss or gradient is not finite; the routers then hold the last values that gave finite losses, and the
+    newest checkpoint no later ones.
     """
-    layers = _checked(model, tasks, steps, lr, batch_size, seed, routing)
-    result = Adaptation(steps, lr, batch_size, seed, routing, {task.name: [] for task in tasks})
+    world = world or World()
+    settings = dict(zip(SETTINGS, (lr, batch_size, seed, routing, patience, min_delta), strict=True))
+    layers = _checked(model, tasks, steps, settings, world)
+    identity = None
+    if checkpoints is not None or world.size > 1:
+        identity = fingerprint(model, tasks, settings)
+        _refuse_different_processes(world.gather(identity))
+    result = Adaptation(steps, lr, batch_size, seed, routing, patience, min_delta)
+    result.entropy = {task.name: [] for task in tasks}
+    if checkpoints is not None and identity is not None:
+        result.fingerprint = short(identity)
     if steps == 0:
         return result
-    routers = _router_parameters(layers)
-    draws = {task.name: Draw(len(task.adaptation_data), batch_size, seed, task.name) for task in tasks}
-    optimizer = torch.optim.Adam(routers, lr=lr)
-    experts = {name: layer.num_experts for name, layer in layers.items()}
-    kept: list[Tensor] | None = None  # the routers that gave the last finite losses
-    first: dict[str, float] = {}
     start = time.perf_counter()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        eval_mode(model),
-        _only_trainable(model, routers),
-        _batch_reduce(layers, routing == "batch_reduce"),
-        record_routing(model) as record,
-        tqdm(total=steps, desc="adapt", unit=" steps", file=sys.stderr, disable=not progress) as bar,
-    ):
-        for step in range(1, steps + 1):
-            record.reset()
-            gradients: list[Tensor | None] = [None] * len(routers)
-            losses: list[Tensor] = []
-            sound: list[Tensor] = []
-            for task in tasks:
-                inputs, _ = task.adaptation_data.batch(draws[task.name].indices(step))
-                loss = entropy(task.logits(model, inputs)).mean()
-                if not loss.requires_grad:
-                    raise InputError(f"task {task.name!r}: its logits do not depend on any router")
-                parts = torch.autograd.grad(loss, routers, allow_unused=True)
-                sound.append(torch.stack([p.isfinite().all() for p in parts if p is not None]).all())
-                losses.append(loss.detach())
-                gradients = [_sum(total, part) for total, part in zip(gradients, parts, strict=True)]
-            values = [float(loss) for loss in losses]
-            finite = [math.isfinite(v) and bool(s) for v, s in zip(values, sound, strict=True)]
-            if not all(finite):
-                if kept is not None and not all(map(math.isfinite, values)):
-                    _restore(routers, kept)
-                raise WEMoEError(_not_finite(step, tasks, values, finite))
-            kept = [router.detach().clone() for router in routers]
-            _step(optimizer, routers, gradients)
-
-            for task, value in zip(tasks, values, strict=True):
-                result.entropy[task.name].append(value)
-            magnitudes = record.magnitudes()
-            first = magnitudes | first
-            drift = {name: m / max(first[name], 1 / experts[name]) for name, m in magnitudes.items()}
-            _warn_of_drift(step, drift, magnitudes, result.routing_drift)
-            result.routing_drift.append(max(drift.values(), default=0.0))
-            bar.set_postfix({task.name: f"{v:.3f}" for task, v in zip(tasks, values, strict=True)})
+    run = _Run(model, layers, tasks, result, world)
+    with ExitStack() as stack:
+        if checkpoints is not None:
+            assert identity is not None
+            run.resume(world.on_first(lambda: _newest(stack, checkpoints, identity, steps)))
+        result.resumed = run.step
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(_only_trainable(model, run.routers))
+        stack.enter_context(_batch_reduce(layers, routing == "batch_reduce"))
+        record = stack.enter_context(record_routing(model))
+        hidden = not (progress and world.first)
+        bar = tqdm(total=steps, initial=run.step, desc="adapt", unit=" steps", file=sys.stderr, disable=hidden)
+        stack.enter_context(bar)
+        while run.step < steps and not run.plateau():
+            # A state is written when the next losses are known to be finite: the newest is one to go on from.
+            due = checkpoints is not None and run.step % checkpoints.every == 0 and run.step > result.resumed
+            state = run.state(identity) if due else None
+            gradients, losses = run.gradients(record)
+            if state is not None and checkpoints is not None:
+                run.save(state, checkpoints)
+            run.update(gradients, losses, record)
+            bar.set_postfix({name: f"{values[-1]:.3f}" for name, values in result.entropy.items()})
             bar.update()
+        result.stopped_early, result.steps = run.step < steps, run.step
+        run.check_routers()
+        if checkpoints is not None and run.step > result.resumed:
+            run.save(run.state(identity), checkpoints)
+        world.wait()
     result.seconds = time.perf_counter() - start
     return result
+
+
+class _Run:
+    """The state of a run: the routers, the optimiser, the samplers and what happened so far.
+
+    `saved` is the number of steps of the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, FastWEMoEMLP],
+        tasks: Sequence[Task],
+        result: Adaptation,
+        world: World,
+    ) -> None:
+        self.model, self.tasks, self.result, self.world = model, tasks, result, world
+        self.step = 0
+        self.saved: int | None = None
+        self.routers = _router_parameters(layers)
+        chosen = {id(router) for router in self.routers}
+        self._names = {id(p): name for name, p in model.named_parameters() if id(p) in chosen}
+        self._draws = {
+            task.name: Draw(len(task.adaptation_data), result.batch_size, result.seed, task.name) for task in tasks
+        }
+        self._optimizer = torch.optim.Adam(self.routers, lr=result.lr)
+        self._experts = {name: layer.num_experts for name, layer in layers.items()}
+        self._first: dict[str, float] = {}  # each layer's mean |routing weight| at its first step
+        self._kept: list[Tensor] | None = None  # the routers that gave the last finite losses
+
+    def gradients(self, record: RoutingRecord) -> tuple[list[Tensor | None], list[float]]:
+        """Of the next step, over all processes. Raises WEMoEError where a loss or gradient is not finite."""
+        step = self.step + 1
+        record.reset()
+        gradients: list[Tensor | None] = [None] * len(self.routers)
+        device = self.routers[0].device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        losses = torch.zeros(len(self.tasks), dtype=wide, device=device)
+        unsound = torch.zeros_like(losses)
+        for number, task in enumerate(self.tasks):
+            drawn = self._draws[task.name].indices(step)
+            indices = self.world.share(drawn)
+            if not indices:
+                continue
+            inputs, _ = task.adaptation_data.batch(indices)
+            loss = entropy(task.logits(self.model, inputs)).mean() * (len(indices) / len(drawn))
+            if not loss.requires_grad:
+                raise InputError(f"task {task.name!r}: its logits do not depend on any router")
+            parts = torch.autograd.grad(loss, self.routers, allow_unused=True)
+            losses[number] = loss.detach()
+            unsound[number] = torch.stack([~p.isfinite().all() for p in parts if p is not None]).any()
+            gradients = [_sum(total, part) for total, part in zip(gradients, parts, strict=True)]
+        values, bad = self.world.add(torch.stack([losses, unsound])).tolist()
+        finite = [math.isfinite(value) and not count for value, count in zip(values, bad, strict=True)]
+        if not all(finite):
+            if not all(map(math.isfinite, values)):
+                self._restore()
+            raise WEMoEError(_not_finite(step, self.tasks, values, finite) + self._advice())
+        return _over_processes(self.world, self.routers, gradients), values
+
+    def update(self, gradients: list[Tensor | None], losses: list[float], record: RoutingRecord) -> None:
+        """Take the step whose gradients these are."""
+        self._kept = [router.detach().clone() for router in self.routers]
+        _step(self._optimizer, self.routers, gradients)
+        self.step += 1
+        for task, value in zip(self.tasks, losses, strict=True):
+            self.result.entropy[task.name].append(value)
+        magnitudes = self._magnitudes(record)
+        self._first = magnitudes | self._first
+        drift = {name: m / max(self._first[name], 1 / self._experts[name]) for name, m in magnitudes.items()}
+        if self.world.first:
+            _warn_of_drift(self.step, drift, magnitudes, self.result.routing_drift)
+        self.result.routing_drift.append(max(drift.values(), default=0.0))
+
+    def plateau(self) -> bool:
+        """Whether to stop early."""
+        if self.result.patience is None:
+            return False
+        means = [fmean(values) for values in zip(*self.result.entropy.values(), strict=True)]
+        return on_plateau(means, self.result.patience, self.result.min_delta)
+
+    def check_routers(self) -> None:
+        """Raise WEMoEError, and put back the routers before, where the last step made them something not finite."""
+        if not all(bool(router.isfinite().all()) for router in self.routers):
+            self._restore()
+            raise WEMoEError(
+                f"adapt: step {self.step}: the routers are not finite after it; they hold the values before it"
+                + self._advice()
+            )
+
+    def state(self, identity: Fingerprint | None) -> State:
+        """All of it, on the CPU. Every process is to call this."""
+        tensors = {f"router.{self._names[id(router)]}": router for router in self.routers}
+        for router in self.routers:
+            for key, value in self._optimizer.state[router].items():
+                tensors[f"adam.{key}.{self._names[id(router)]}"] = value
+        content = {
+            "fingerprint": identity,
+            "entropy": self.result.entropy,
+            "routing_drift": self.result.routing_drift,
+            "first_magnitudes": self._first,
+            "samplers": self._samplers(),
+            "generators": self.world.gather(generators()),
+        }
+        return State(self.step, {n: t.detach().cpu().clone() for n, t in tensors.items()}, copy.deepcopy(content))
+
+    def save(self, state: State, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint, in the first process."""
+        if self.world.first:
+            checkpoints.write(state)
+        self.saved = state.step
+
+    def resume(self, state: State | None) -> None:
+        """Go on from a state of the same run, where there is one."""
+        if state is None:
+            return
+        self.step = self.saved = state.step
+        if state.content["samplers"] != self._samplers():
+            raise WEMoEError(
+                f"adapt: the samples drawn after step {state.step} are not those that its checkpoint names: PyTorch is"
+                " of another version; use that version, or begin anew with restart (--restart)"
+            )
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for number, router in enumerate(self.routers):
+                name = self._names[id(router)]
+                router.copy_(state.tensors[f"router.{name}"])
+                found = {key: state.tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                moments[number] = {key: value.clone() for key, value in found.items() if value is not None}
+        settings = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": {n: m for n, m in moments.items() if m}, "param_groups": settings})
+        self.result.entropy = state.content["entropy"]
+        self.result.routing_drift = state.content["routing_drift"]
+        self._first = state.content["first_magnitudes"]
+        states = state.content["generators"]
+        set_generators(states[self.world.rank % len(states)])
+
+    def _samplers(self) -> dict[str, dict[str, Any]]:
+        """By task, how many samples were drawn and which come next."""
+        drawn = self.step * self.result.batch_size
+        return {name: {"drawn": drawn, "next": draw.indices(self.step + 1)} for name, draw in self._draws.items()}
+
+    def _magnitudes(self, record: RoutingRecord) -> dict[str, float]:
+        """Mean |routing weight| by layer over the batches of all processes, for the layers that ran."""
+        totals = record.totals()
+        sums = self.world.add(
+            torch.tensor(list(totals.values()), dtype=torch.float64).to(self.routers[0].device)
+        ).tolist()
+        return {name: total / rows for name, (total, rows) in zip(totals, sums, strict=True) if rows}
+
+    def _advice(self) -> str:
+        kept = "" if self.saved is None else f"; the checkpoint after {self.saved} steps is kept"
+        return f"{kept}; try a smaller lr or another dtype"
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for router, value in zip(self.routers, self._kept or (), strict=self._kept is not None):
+            router.copy_(value)
+
+
+def on_plateau(values: Sequence[float], patience: int, min_delta: float) -> bool:
+    """Whether the mean of the last `patience` values lies no more than `min_delta` below that of as many before."""
+    if len(values) < 2 * patience:
+        return False
+    return fmean(values[-2 * patience : -patience]) - fmean(values[-patience:]) <= min_delta
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -157,19 +351,46 @@ class Draw:
         return self._permutations[number]
 
 
+def _newest(stack: ExitStack, checkpoints: Checkpoints, identity: Fingerprint, steps: int) -> State | None:
+    return stack.enter_context(checkpoints).read(identity, steps)
+
+
+def _refuse_different_processes(identities: list[Fingerprint]) -> None:
+    different = [str(rank) for rank, identity in enumerate(identities) if identity != identities[0]]
+    if different:
+        raise InputError(
+            f"adapt: process {', '.join(different)}: expected the model, tasks and settings of process 0, found others"
+        )
+
+
+def _over_processes(world: World, routers: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The sums of the processes' gradients, in one message; None stays where no process has one."""
+    if world.size == 1:
+        return gradients
+    device = routers[0].device
+    used = world.add(torch.tensor([gradient is not None for gradient in gradients], device=device).int()).tolist()
+    wide = torch.float64 if any(router.dtype == torch.float64 for router in routers) else torch.float32
+    parts = [torch.zeros_like(r) if g is None else g for r, g in zip(routers, gradients, strict=True)]
+    total = world.add(torch.cat([part.reshape(-1).to(wide) for part in parts]))
+    split = total.split([router.numel() for router in routers])
+    return [p.view_as(r).to(r.dtype) if u else None for p, r, u in zip(split, routers, used, strict=True)]
+
+
 def _checked(
-    model: nn.Module,
-    tasks: Sequence[Task],
-    steps: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    routing: str,
+    model: nn.Module, tasks: Sequence[Task], steps: int, settings: dict[str, Any], world: World
 ) -> dict[str, FastWEMoEMLP]:
     problems = []
-    for name, value, low in (("steps", steps, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+    lr, routing, patience, min_delta = (settings[name] for name in ("lr", "routing", "patience", "min_delta"))
+    counts = [("steps", steps, 0), ("batch_size", settings["batch_size"], 1), ("seed", settings["seed"], 0)]
+    if patience is not None:
+        counts.append(("patience", patience, 1))
+    for name, value, low in counts:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             problems.append(f"{name}: expected an integer of at least {low}, found {value!r}")
+    if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)) or not math.isfinite(min_delta):
+        problems.append(f"min_delta: expected a finite number of nats, found {min_delta!r}")
+    elif min_delta and patience is None:
+        problems.append(f"min_delta: expected a patience with it, found {min_delta!r} alone")
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (0 < lr < math.inf):
         problems.append(f"lr: expected a finite number above 0, found {lr!r}")
     if routing not in ROUTINGS:
@@ -177,6 +398,11 @@ def _checked(
     layers = wemoe_layers(model)
     if not layers:
         problems.append(f"model: expected WEMoE layers, found none in {type(model).__name__}; upscale it first")
+    if routing == "batch_reduce" and world.size > 1:
+        problems.append(
+            f"routing: batch_reduce needs the mean over the whole batch, of which each of {world.size} processes sees a"
+            " share; use per_sample, or one process"
+        )
     invariant = [name for name, layer in layers.items() if layer.batch_invariant]
     if routing == "batch_reduce" and invariant:
         problems.append(
@@ -214,22 +440,13 @@ def _step(optimizer: torch.optim.Optimizer, routers: list[nn.Parameter], gradien
             router.grad = gradient
 
 
-@torch.no_grad()
-def _restore(routers: list[nn.Parameter], values: list[Tensor]) -> None:
-    for router, value in zip(routers, values, strict=True):
-        router.copy_(value)
-
-
 def _not_finite(step: int, tasks: Sequence[Task], values: list[float], finite: list[bool]) -> str:
     found = []
     for task, value, good in zip(tasks, values, finite, strict=True):
         if not good:
             what = "a gradient that is not finite" if math.isfinite(value) else f"loss {value}"
             found.append(f"task {task.name!r} has {what}")
-    return (
-        f"adapt: step {step}: {', '.join(found)}; the routers hold the last values that gave finite losses;"
-        " try a smaller lr or another dtype"
-    )
+    return f"adapt: step {step}: {', '.join(found)}; the routers hold the last values that gave finite losses"
 
 
 def _warn_of_drift(step: int, drift: dict[str, float], magnitudes: dict[str, float], before: list[float]) -> None:
@@ -241,7 +458,7 @@ def _warn_of_drift(step: int, drift: dict[str, float], magnitudes: dict[str, flo
             f"adapt: step {step}: mean |routing weight| of layer {layer!r} has grown to {magnitudes[layer]:.2f},"
             f" {drift[layer]:.1f} times its reference; accuracy may fall from here on while entropy goes on"
             " falling: use fewer steps or a smaller lr, and check with labelled samples",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

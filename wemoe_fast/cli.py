@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from . import __version__
-from .adapt import ROUTINGS, adapt
-from .checkpoint import check_output, is_wemoe_directory, load, load_pretrained, save
+from .adapt import ROUTINGS, SETTINGS
+from .adapt_run import adapt_directory
+from .checkpoint import check_output, is_wemoe_directory, load, load_pretrained
 from .comparison import compare, table, write_comparison
 from .config import load_recipe
+from .distributed import world
 from .errors import InputError, WEMoEError
 from .inspection import inspect
 from .merge import baselines, merge
-from .report import write_json
 from .tasks import load_tasks
 from .tune import DTYPES as TUNED_DTYPES
 from .tune import SHAPES, Shape, summary, tune
@@ -58,33 +59,28 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _adapt(options: argparse.Namespace) -> None:
-    check_output(options.out, overwrite=options.overwrite)
-    model = load(options.model).to(device=options.device, dtype=DTYPES.get(options.dtype))
-    tasks = load_tasks(options.tasks, options.model)
-    result = adapt(
-        model,
-        tasks,
-        steps=options.steps,
-        lr=options.lr,
-        batch_size=options.batch_size,
-        seed=options.seed or 0,
-        routing=options.routing,
-        progress=not options.quiet,
-    )
-    settings = {
-        "steps": result.steps,
-        "lr": result.lr,
-        "batch_size": result.batch_size,
-        "seed": result.seed,
-        "routing": result.routing,
-        "tasks": list(result.entropy),
-    }
-    save(model, options.out, files_from=options.model, settings={"adaptation": settings}, overwrite=options.overwrite)
-    write_json(options.out / "adaptation.json", result.to_json())
-    if result.steps:
-        for name, values in result.entropy.items():
-            _say(f"entropy of {name}: {values[0]:.3f} -> {values[-1]:.3f}")
-    _say(f"{result.steps} steps in {result.seconds:.1f} s, written to {options.out}")
+    options.seed = options.seed or 0
+    with world(options.device) as processes:
+        result = adapt_directory(
+            options.model,
+            options.tasks,
+            options.out,
+            steps=options.steps,
+            settings={name: getattr(options, name) for name in SETTINGS},
+            checkpoint_every=options.checkpoint_every,
+            restart=options.restart,
+            overwrite=options.overwrite,
+            dtype=DTYPES.get(options.dtype),
+            world=processes,
+            progress=not options.quiet,
+        )
+    if not processes.first:
+        return
+    for name, values in result.entropy.items() if result.steps else ():
+        _say(f"entropy of {name}: {values[0]:.3f} -> {values[-1]:.3f}")
+    plateau = ", stopped on a plateau" if result.stopped_early else ""
+    before = f", {result.resumed} of them done before" if result.resumed else ""
+    _say(f"{result.steps} steps{plateau}{before}, in {result.seconds:.1f} s, written to {options.out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -203,6 +199,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--routing", choices=ROUTINGS, default="per_sample", help="routing while adapting (default: per_sample)"
     )
+    verb.add_argument(
+        "--patience", type=_positive, metavar="P",
+        help="stop when the mean entropy of P steps is not below that of the P before; no accuracy (default: off)",
+    )  # fmt: skip
+    verb.add_argument("--min-delta", type=float, default=0.0, help="nats that count as below (default: 0)")
+    verb.add_argument(
+        "--checkpoint-every", type=_positive, metavar="K",
+        help="keep a checkpoint every K steps in OUT.checkpoints; the same command then goes on where it stopped",
+    )  # fmt: skip
+    verb.add_argument("--restart", action="store_true", help="delete the checkpoints and begin anew")
     verb.set_defaults(run=_adapt)
 
     verb = verbs.add_parser("evaluate", parents=[running, typed, writing], help="accuracy on labelled samples")

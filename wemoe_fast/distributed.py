@@ -7,16 +7,19 @@ processes there are: work is shared out by index, and every process is given the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import InputError, WEMoEError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,23 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function()`` returns in the first process, in each of them; a WEMoEError it raises, likewise."""
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except WEMoEError as error:
+                outcome[1] = error
+        with _clear_word():
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
     def wait(self) -> None:
         """Go on when all processes have come here."""
         self.gather(None)
@@ -64,11 +84,11 @@ def world(device: str | torch.device = "cpu") -> Iterator[World]:
     """The processes that ``torchrun`` started (gloo on the CPU, NCCL on GPUs: one each), or this one alone.
 
     ``device`` "cuda" means the GPU with the number of the process on its machine. Raises InputError where there are
-    more processes than GPUs, WEMoEError where another process ended too soon.
+    more processes than GPUs or the environment is not what ``torchrun`` makes it, WEMoEError where another process
+    ended too soon.
     """
     device = torch.device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         yield World(device=device)
         return
     if device.type == "cuda" and device.index is None:
@@ -80,12 +100,18 @@ def world(device: str | torch.device = "cpu") -> Iterator[World]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    with _clear_word():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with _clear_word():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except WEMoEError:
+        raise
+    except ValueError as error:
+        raise InputError(f"RANK and WORLD_SIZE are set, but {error}; start the processes with torchrun") from error
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # nothing to leave where the others are gone
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -93,7 +119,9 @@ def _clear_word() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # the first sentence, without the place in PyTorch's sources
+        said = re.sub(r"^\[\S*:\d+\] ", "", str(error).strip()).splitlines() or [type(error).__name__]
+        reason = said[0].split(". ")[0]
         raise WEMoEError(
             f"another process of this run ended or cannot be reached ({reason}); what is done is kept:"
             " start the same command again to go on"

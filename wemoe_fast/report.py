@@ -113,11 +113,11 @@ def routing_heatmap(
     for ax, (task, panel) in zip(axes, routing.items(), strict=False):
         grid = [list(panel[layer]) for layer in layers]
         image = ax.imshow(grid, norm=norm, cmap=colours, aspect="auto")
-        ax.set_title(_plain(f"task {task}"), fontsize=10)
+        ax.set_title(plain(f"task {task}"), fontsize=10)
         ax.set_xticks(
-            range(len(experts)), map(_plain, experts), rotation=40, ha="right", rotation_mode="anchor", fontsize=8
+            range(len(experts)), map(plain, experts), rotation=40, ha="right", rotation_mode="anchor", fontsize=8
         )
-        ax.set_yticks(range(len(layers)), map(_plain, labels), fontsize=8)
+        ax.set_yticks(range(len(layers)), map(plain, labels), fontsize=8)
         ax.tick_params(length=0)
         for side in ax.spines.values():
             side.set_edgecolor("0.8")
@@ -129,7 +129,7 @@ def routing_heatmap(
         ax.set_visible(False)
     figure.suptitle(title, fontsize=12)
     figure.supxlabel("expert", fontsize=9)
-    figure.supylabel(_plain(f"layer ({pattern})") if pattern else "layer", fontsize=9)
+    figure.supylabel(plain(f"layer ({pattern})") if pattern else "layer", fontsize=9)
     bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=30)
     bar.ax.set_ylim(min(*values, 0.0), max(*values, 0.0) or bound)
     bar.ax.tick_params(labelsize=8)
@@ -147,7 +147,7 @@ def _write_values(ax: Any, grid: list[list[float]], bound: float) -> None:
             ax.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Without mathematics between dollar signs."""
     return text.replace("$", r"\$")
 

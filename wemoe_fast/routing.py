@@ -37,9 +37,10 @@ class RoutingRecord:
         """Mean routing weight by layer and expert, for the layers that ran."""
         return {name: (s[0] / self._counts[name]).tolist() for name, s in self._in_order()}
 
-    def magnitudes(self) -> dict[str, float]:
-        """Mean |routing weight| by layer, for the layers that ran."""
-        return {name: float((s[1] / self._counts[name]).mean()) for name, s in self._in_order()}
+    def totals(self) -> dict[str, tuple[float, int]]:
+        """By layer, the sum over rows of mean |routing weight|, and the number of rows."""
+        ran = {name: float(s[1].mean()) for name, s in self._in_order()}
+        return {name: (ran.get(name, 0.0), self._counts[name]) for name in self._layers}
 
     def _in_order(self) -> list[tuple[str, tuple[Tensor, Tensor]]]:
         return [(name, self._sums[name]) for name in self._layers if self._counts[name]]

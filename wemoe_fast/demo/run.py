@@ -17,6 +17,7 @@ from ..adapt import adapt
 from ..checkpoint import load, load_pretrained, save
 from ..comparison import compare, environment, table, write_comparison
 from ..config import Recipe, load_recipe
+from ..curves import adaptation_curves
 from ..errors import WEMoEError
 from ..evaluate import Evaluation, evaluate
 from ..merge import baselines, load_recipe_models, merge
@@ -68,6 +69,7 @@ def run_demo(
         adaptation = adapt(model, tasks, seed=seed, progress=progress, **settings)
         save(model, adapted_dir, files_from=merged_dir, settings={"adaptation": settings}, overwrite=True)
         write_json(out / "adaptation.json", adaptation.to_json())
+        adaptation_curves(adaptation, out / "adaptation.png")
 
     def rows() -> Iterator[tuple[str, nn.Module]]:
         yield from baselines(recipe)
