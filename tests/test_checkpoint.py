@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wemoe_fast.checkpoint as checkpoint
-from wemoe_fast import CheckpointError, accelerate_, expert_names, load, save, upscale, wemoe_layers
+from wemoe_fast import CheckpointError, accelerate_, atomic, expert_names, load, save, upscale, wemoe_layers
 from wemoe_fast.checkpoint import is_wemoe_directory, load_pretrained
 from wemoe_fast.upscale import merge_info
 
@@ -332,7 +332,7 @@ def test_a_file_in_the_directorys_place_is_left_alone(tmp_path, overwrite):
     assert (tmp_path / "a").read_text() == "a file"
 
 
-@pytest.mark.parametrize("failing", ["save_file", "model_card", "_write_json", "carry_files"])
+@pytest.mark.parametrize("failing", ["write_shards", "model_card", "_write_json", "carry_files"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failure_in_the_middle_leaves_what_was_there(tmp_path, monkeypatch, failing, error):
     directory = save(merged(stack()), tmp_path / "a")
@@ -359,7 +359,8 @@ def test_a_failure_at_the_last_step_puts_the_old_directory_back(tmp_path, monkey
             raise OSError("no")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", second_fails)
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic.os, "replace", second_fails)
     with pytest.raises(OSError, match="no"):
         save(merged(stack()), directory, overwrite=True)
     assert snapshot(tmp_path) == before

@@ -55,7 +55,7 @@ def test_a_recipe_becomes_a_directory(recipe, tmp_path):
     settings = json.loads((tmp_path / "out" / "wemoe.json").read_text())["settings"]
     names = {"base": "base", "experts": {"one": "one", "two": "two"}}
     assert settings == {"merge_lambda": 0.2, "init_lambda": 0.4, "seed": 3, **names}
-    for name in ("README.md", "wemoe.json", "config.json"):
+    for name in ("README.md", "wemoe.json", "config.json", "merge.json"):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
 
 
@@ -71,7 +71,7 @@ def test_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
     merge(recipe, tmp_path / "b")
     merge(changed(recipe, seed=1), tmp_path / "c")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["README.md", "config.json", "model.safetensors", "vocab.txt", "wemoe.json"]
+    assert names == ["README.md", "config.json", "merge.json", "model.safetensors", "vocab.txt", "wemoe.json"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
