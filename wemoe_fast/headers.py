@@ -112,7 +112,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _entry(name: str, value: Any, path: Path, begin: int, data: int) -> TensorEntry | str:
-    """The entry, or what is wrong with it. ``begin``: where the file's tensors begin; ``data``: how many bytes follow."""
+    """The entry, or what is wrong with it. ``begin``: where the file's tensors begin; ``data``: their bytes in all."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         return f"{name:.80}: expected dtype, shape and data_offsets, found {value!r:.60}"
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None

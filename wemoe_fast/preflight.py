@@ -268,12 +268,10 @@ def _assign(
         if target is None and names.ignores(name):
             ignored.append(name)
         elif target is None:
-            what = (
-                "is converted by transformers when it is loaded, which a merge cannot"
-                if names.converted(name)
-                else (f"is no part of {type(names.model).__name__}" + ("" if owner == BASE else " (the base)"))
-            )
-            problems.append(f"{_who(owner)}: {name} {what}: shape {entry.shape}, {_name(entry.dtype)}, in {entry.path}")
+            reason = f"is no part of {type(names.model).__name__}{'' if owner == BASE else ', which the base is'}"
+            if names.converted(name):
+                reason = "is one that transformers takes apart or joins when it loads, which a merge cannot"
+            problems.append(f"{_who(owner)}: {name} {reason}: shape {entry.shape}, {_name(entry.dtype)}, in {entry.path}")
         elif names.first[target] in entries:
             twins.append((entries[names.first[target]], entry))
         else:
@@ -303,9 +301,8 @@ def _tensor_problems(found: Mapping[str, _Checkpoint], base: nn.Module, names: _
             where = f"{reference.path}" if owner != BASE and reference else f"{ours.directory / 'config.json'}"
             shape = reference.shape if owner != BASE and reference else tuple(target.shape)
             if entry is None:
-                problems.append(
-                    f"{_who(owner)}: {name} is missing from {checkpoint.directory}: expected shape {shape} as in {where}"
-                )
+                missing = f"{name} is missing from {checkpoint.directory}"
+                problems.append(f"{_who(owner)}: {missing}: expected shape {shape} as in {where}")
                 continue
             if entry.shape != shape:
                 problems.append(

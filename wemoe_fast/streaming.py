@@ -104,9 +104,9 @@ class _Inputs:
     def read(self, entry: TensorEntry, first: int, count: int) -> Tensor:
         slab = read_tensor(entry, first, count)
         if slab.is_floating_point() or slab.is_complex():
-            finite = torch.isfinite(slab if slab.dtype.itemsize > 1 else slab.float())
-            if not finite.all():
-                self.nonfinite[entry] += int(finite.numel() - finite.sum())
+            values = torch.view_as_real(slab) if slab.is_complex() else slab if slab.dtype.itemsize > 1 else slab.float()
+            if not all(end.isfinite() for end in torch.aminmax(values)):
+                self.nonfinite[entry] += int((~values.isfinite()).sum())
         return slab
 
 
