@@ -441,9 +441,9 @@ def test_every_tensor_that_does_not_fit_is_listed(saved):
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, saved_bert):
     (saved_bert / "model.safetensors").unlink()
     (saved_bert / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    assert "save_pretrained" in refused(saved_bert, "pickle")
+    assert "wemoe-fast convert" in refused(saved_bert, "pickle")
     (saved_bert / "wemoe.json").unlink()
-    with pytest.raises(CheckpointError, match=r"pickle files \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pickle files \(pytorch_model.bin\).*wemoe-fast convert"):
         load_pretrained(saved_bert)
 
 

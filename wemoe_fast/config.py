@@ -20,6 +20,9 @@ from .normalization import KINDS
 
 TEXT_SUFFIXES = (".jsonl",)
 TENSOR_SUFFIXES = (".safetensors",)
+MAX_YAML_BYTES = 1 << 20
+MAX_NODES = 100_000
+MAX_DEPTH = 32
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
@@ -153,11 +156,35 @@ def _task(entry: Any, number: int, root: Path, problems: list[str]) -> TaskConfi
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys without a word; this one remembers them."""
+    """SafeLoader for files from anywhere.
+
+    It remembers equal keys, of which SafeLoader keeps the last without a word, and refuses what would grow beyond
+    ``MAX_NODES`` when aliases are written out, or nests deeper than ``MAX_DEPTH``.
+    """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.repeated: list[str] = []
+        self._depth = 0
+        self._sizes: dict[Any, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if self._depth >= MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested too deeply, more than {MAX_DEPTH} levels", event.start_mark
+            )
+        self._depth += 1
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            children = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+            self._sizes[node] = 1 + (0 if isinstance(children, str) else sum(self._sizes[n] for n in children))
+        elif node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", event.start_mark)
+        if self._sizes[node] > MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values", event.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -177,6 +204,8 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> tuple[dict[Any, Any], list[str]]:
     """The file's top-level mapping and the repeated keys found; raises ConfigError if there is no mapping."""
     try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: expected at most {MAX_YAML_BYTES} bytes of YAML, found {path.stat().st_size}")
         text = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None

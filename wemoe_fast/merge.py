@@ -18,10 +18,11 @@ from .atomic import check_output, remove_leftovers, replaced_directory
 from .checkpoint import MAX_SHARD_BYTES, import_transformers, load, load_pretrained, write_description
 from .config import Recipe
 from .errors import CheckpointError
-from .preflight import MergePlan, plan_merge
+from .inspection import aligned, readable_size
+from .preflight import Copied, Initialised, Merged, MergePlan, Stacked, plan_merge
 from .report import write_json
 from .sharded import plan_shards
-from .streaming import input_bytes, input_files, sha256, stamps, write_tensors
+from .streaming import input_bytes, input_files, resident_bytes, sha256, stamps, workspace_bytes, write_tensors
 from .upscale import task_arithmetic, weight_average
 
 MANIFEST_FILE = "merge.json"
@@ -87,11 +88,8 @@ def merge_to_directory(
         InputError: inputs that are not finite.
     """
     out = Path(out)
-    _check_apart(recipe, out)
-    check_output(out, overwrite=overwrite)
-    plan = plan_merge(recipe)
+    plan = check_merge(recipe, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
     shards = plan_shards(plan.tensors, max_shard_bytes)
-    _check_space(out, sum(shard.nbytes for shard in shards))
     before = stamps(plan)
     total = plan.output_bytes + input_bytes(plan)
     bar = tqdm(desc="merge", total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr)
@@ -111,6 +109,54 @@ def merge_to_directory(
             "before is untouched"
         ) from error
     return plan
+
+
+def check_merge(
+    recipe: Recipe, out: str | Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> MergePlan:
+    """Everything of :func:`merge_to_directory` that can be told without reading or writing a tensor."""
+    out = Path(out)
+    _check_apart(recipe, out)
+    check_output(out, overwrite=overwrite)
+    plan = plan_merge(recipe)
+    _check_space(out, sum(shard.nbytes for shard in plan_shards(plan.tensors, max_shard_bytes)))
+    return plan
+
+
+def coverage(plan: MergePlan) -> str:
+    """A readable table of what becomes of the tensors."""
+    kinds: dict[type, str] = {
+        Merged: "merged by task arithmetic",
+        Stacked: "upscaled: base and task vectors",
+        Initialised: "routers, new",
+        Copied: "copied from the base",
+    }
+    rows = [["", "tensors", "numbers", "size"]]
+    for kind, what in kinds.items():
+        specs = [spec for spec, source in plan.tensors.items() if type(source) is kind]
+        numbers = sum(spec.nbytes // spec.dtype.itemsize for spec in specs)
+        rows.append([what, str(len(specs)), f"{numbers:,}", readable_size(sum(spec.nbytes for spec in specs))])
+    rows.append(["tied to one of these, not stored", str(len(plan.aliases))])
+    rows.append(["ignored, of no use to the model", str(sum(map(len, plan.ignored.values())))])
+    names = sorted({name for ignored in plan.ignored.values() for name in ignored})
+    listed = (
+        [f"ignored: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"] if names else []
+    )
+    return "\n".join([*aligned([row + [""] * (4 - len(row)) for row in rows]), *listed])
+
+
+def expectation(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> str:
+    """What carrying out a plan will take on the disk and in memory."""
+    shards = plan_shards(plan.tensors, max_shard_bytes)
+    size = readable_size(sum(shard.nbytes for shard in shards))
+    work = workspace_bytes(plan)
+    whole = readable_size(resident_bytes() + work)
+    files = f"{len(shards)} file{'s' if len(shards) > 1 else ''}"
+    return (
+        f"output       {size} of weights in {files}\n"
+        f"peak memory  {whole} at most, {readable_size(work)} of it for merging\n"
+        "nothing was written (--dry-run)"
+    )
 
 
 def _check_apart(recipe: Recipe, out: Path) -> None:

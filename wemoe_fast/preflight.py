@@ -271,7 +271,9 @@ def _assign(
             reason = f"is no part of {type(names.model).__name__}{'' if owner == BASE else ', which the base is'}"
             if names.converted(name):
                 reason = "is one that transformers takes apart or joins when it loads, which a merge cannot"
-            problems.append(f"{_who(owner)}: {name} {reason}: shape {entry.shape}, {_name(entry.dtype)}, in {entry.path}")
+            problems.append(
+                f"{_who(owner)}: {name} {reason}: shape {entry.shape}, {_name(entry.dtype)}, in {entry.path}"
+            )
         elif names.first[target] in entries:
             twins.append((entries[names.first[target]], entry))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,6 +62,16 @@ def workspace_bytes(plan: MergePlan) -> int:
     return 10 * SLAB * max(4, widest) + 2 * max(routers, default=0) + (16 << 20)
 
 
+def resident_bytes() -> int:
+    """Most memory this process has had so far: Python, PyTorch and transformers themselves; 0 where nobody tells."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
 def input_files(plan: MergePlan) -> dict[Path, list[Path]]:
     """The files that a merge depends on, by directory."""
     found: dict[Path, list[Path]] = {}
@@ -104,7 +115,9 @@ class _Inputs:
     def read(self, entry: TensorEntry, first: int, count: int) -> Tensor:
         slab = read_tensor(entry, first, count)
         if slab.is_floating_point() or slab.is_complex():
-            values = torch.view_as_real(slab) if slab.is_complex() else slab if slab.dtype.itemsize > 1 else slab.float()
+            values = (
+                torch.view_as_real(slab) if slab.is_complex() else slab if slab.dtype.itemsize > 1 else slab.float()
+            )
             if not all(end.isfinite() for end in torch.aminmax(values)):
                 self.nonfinite[entry] += int((~values.isfinite()).sum())
         return slab
