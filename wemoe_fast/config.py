@@ -171,9 +171,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if self._depth >= MAX_DEPTH:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested too deeply, more than {MAX_DEPTH} levels", event.start_mark
-            )
+            raise _refused(f"nested too deeply, more than {MAX_DEPTH} levels", event)
         self._depth += 1
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
@@ -181,9 +179,9 @@ class _Loader(yaml.SafeLoader):
             children = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
             self._sizes[node] = 1 + (0 if isinstance(children, str) else sum(self._sizes[n] for n in children))
         elif node not in self._sizes:
-            raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", event.start_mark)
+            raise _refused("an alias inside of what it stands for", event)
         if self._sizes[node] > MAX_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values", event.start_mark)
+            raise _refused(f"more than {MAX_NODES} values", event)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -199,6 +197,10 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = line
         return node
+
+
+def _refused(reason: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.composer.ComposerError(None, None, reason, event.start_mark)
 
 
 def _read_yaml(path: Path) -> tuple[dict[Any, Any], list[str]]:

@@ -65,9 +65,7 @@ def _named_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = _unpickled(path)
     except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
-        raise CheckpointError(
-            f"{path}: cannot be read without running code in it: {str(error).splitlines()[0]:.200}"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read without running code in it: {error!s:.200}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -75,9 +73,8 @@ def _named_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected named tensors, found {type(content).__name__}")
     others = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if others:
-        raise CheckpointError(
-            f"{path}: expected named tensors only, found {others[0]!r:.80} and {len(others) - 1} more"
-        )
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise CheckpointError(f"{path}: expected named tensors only, found {others[0]!r:.80}{more}")
     return content
 
 

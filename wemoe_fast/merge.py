@@ -139,9 +139,8 @@ def coverage(plan: MergePlan) -> str:
     rows.append(["tied to one of these, not stored", str(len(plan.aliases))])
     rows.append(["ignored, of no use to the model", str(sum(map(len, plan.ignored.values())))])
     names = sorted({name for ignored in plan.ignored.values() for name in ignored})
-    listed = (
-        [f"ignored: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"] if names else []
-    )
+    more = [f"{len(names) - 8} more"] if len(names) > 8 else []
+    listed = [f"ignored: {', '.join(names[:8] + more)}"] if names else []
     return "\n".join([*aligned([row + [""] * (4 - len(row)) for row in rows]), *listed])
 
 

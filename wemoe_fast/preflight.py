@@ -268,7 +268,7 @@ def _assign(
         if target is None and names.ignores(name):
             ignored.append(name)
         elif target is None:
-            reason = f"is no part of {type(names.model).__name__}{'' if owner == BASE else ', which the base is'}"
+            reason = f"is no part of {type(names.model).__name__}{'' if owner == BASE else ', the class of the base'}"
             if names.converted(name):
                 reason = "is one that transformers takes apart or joins when it loads, which a merge cannot"
             problems.append(

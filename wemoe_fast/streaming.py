@@ -115,9 +115,8 @@ class _Inputs:
     def read(self, entry: TensorEntry, first: int, count: int) -> Tensor:
         slab = read_tensor(entry, first, count)
         if slab.is_floating_point() or slab.is_complex():
-            values = (
-                torch.view_as_real(slab) if slab.is_complex() else slab if slab.dtype.itemsize > 1 else slab.float()
-            )
+            values = torch.view_as_real(slab) if slab.is_complex() else slab
+            values = values if values.dtype.itemsize > 1 else values.float()
             if not all(end.isfinite() for end in torch.aminmax(values)):
                 self.nonfinite[entry] += int((~values.isfinite()).sum())
         return slab
