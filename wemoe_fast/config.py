@@ -184,6 +184,12 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"more than {MAX_NODES} values", event)
         return node
 
+    def construct_yaml_int(self, node: Any) -> int:
+        value: int = super().construct_yaml_int(node)
+        if value.bit_length() > 1024:  # Python refuses to write those out that have thousands of digits
+            raise yaml.constructor.ConstructorError(None, None, "an integer of more than 1024 bits", node.start_mark)
+        return value
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
@@ -197,6 +203,9 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = line
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _refused(reason: str, event: Any) -> yaml.MarkedYAMLError:
@@ -379,7 +388,12 @@ def _task_list(value: Any) -> list[Any]:
 def _path(value: Any, root: Path) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise _UnfitError("a path")
-    return root / Path(value).expanduser()
+    try:
+        path = root / Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError):  # too long a name, a loop of links, no such home
+        raise _UnfitError("a path that can be looked up") from None
+    return path
 
 
 def _directory(root: Path) -> _Check[Path]:

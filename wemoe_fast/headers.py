@@ -203,7 +203,7 @@ def weight_files(directory: Path) -> list[Path]:
     names = sorted(set(_weight_map(directory).values()))
     problems = []
     for name in names:
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        if Path(name).name != name or name == ".." or "\\" in name or "\0" in name:
             problems.append(f"{name!r:.80}: expected the name of a file in the same directory")
         elif len(name) > 255 or not (directory / name).is_file():
             problems.append(f"{name:.80} is missing")
