@@ -87,6 +87,15 @@ def test_a_declared_size_is_held_against_the_file_before_anything_is_read(tmp_pa
         read_header(tmp_path / "x")
 
 
+def test_a_file_cut_off_anywhere_is_refused(tmp_path):
+    save_file(TENSORS, tmp_path / "whole", metadata={"format": "pt"})
+    data = (tmp_path / "whole").read_bytes()
+    for length in range(len(data)):
+        (tmp_path / "cut").write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_header(tmp_path / "cut")
+
+
 def test_a_header_that_is_too_large_is_not_read(tmp_path):
     with (tmp_path / "x").open("wb") as file:
         file.write((1 << 40).to_bytes(8, "little"))

@@ -10,7 +10,7 @@ from wemoe_fast.benchmarks.mutations import TARGETS, Bench
 pytest.importorskip("transformers")
 
 BOUNDED = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
@@ -35,7 +35,7 @@ def test_a_header_truncated_anywhere_is_refused(bench):
     [name] = bench.target.files
     data = bench.originals[name]
     header = 8 + int.from_bytes(data[:8], "little")
-    for length in [*range(0, header, 7), *range(header - 8, header + 8), len(data) - 1]:
+    for length in [*range(0, header, header // 9), header - 1, header, header + 1, len(data) - 1]:
         outcome, message = bench.read(name, data[:length])
         assert outcome == "refused"
         assert "damaged" in message

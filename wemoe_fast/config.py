@@ -186,8 +186,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: Any) -> int:
         value: int = super().construct_yaml_int(node)
-        if value.bit_length() > 1024:  # Python refuses to write those out that have thousands of digits
-            raise yaml.constructor.ConstructorError(None, None, "an integer of more than 1024 bits", node.start_mark)
+        if value.bit_length() > 10_000:  # Python refuses to write those out that have thousands of digits
+            raise yaml.constructor.ConstructorError(None, None, "an integer of more than 10000 bits", node.start_mark)
         return value
 
     def compose_mapping_node(self, anchor: Any) -> Any:
