@@ -5,6 +5,7 @@ The models are built on the meta device: no tensor of any checkpoint is read.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -123,13 +124,14 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     directories = {BASE: recipe.base, **recipe.experts}
     stored: dict[str, dict[str, TensorEntry]] = {}
     skeletons: dict[str, nn.Module] = {}
+    made = _Skeletons()
     problems: list[str] = []
     for name, directory in directories.items():
         try:
             if is_wemoe_directory(directory):
                 raise CheckpointError(f"{directory}: expected an ordinary checkpoint, found a WEMoE model")
             stored[name] = read_checkpoint(directory)
-            skeletons[name] = skeleton(directory, stored[name].values())
+            skeletons[name] = made.of(directory, stored[name].values())
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -144,28 +146,38 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     return _plan(recipe, skeletons, found, shared)
 
 
-def skeleton(directory: Path, entries: Iterable[TensorEntry] = ()) -> nn.Module:
-    """The model of a Hugging Face checkpoint on the meta device, in the dtype it would be loaded in.
+class _Skeletons:
+    """Models on the meta device, one for all checkpoints of the same configuration."""
 
-    ``entries``: its tensors, the first of which give the dtype where ``config.json`` does not.
+    def __init__(self) -> None:
+        self._made: dict[str, nn.Module] = {}
 
-    Raises:
-        CheckpointError: no ``config.json``, or one that cannot be understood.
-    """
-    transformers = import_transformers()
-    cls = transformers_class(directory, architecture(directory))
-    try:
-        with quiet_transformers():
-            config = cls.config_class.from_pretrained(str(directory), local_files_only=True)
-            dtype = _dtype(config) or next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
-            major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-            setattr(config, "dtype" if (major, minor) >= (4, 56) else "torch_dtype", dtype)
-            with _default_dtype(dtype), torch.device("meta"), torch.random.fork_rng(devices=[]):
-                model: nn.Module = cls(config)
-            _keep_in_float32(model, dtype)
-    except Exception as error:  # a damaged config.json can fail anywhere in another package
-        raise CheckpointError(f"{directory / 'config.json'}: could not be read as {cls.__name__}: {error}") from error
-    return model.eval()
+    def of(self, directory: Path, entries: Iterable[TensorEntry]) -> nn.Module:
+        """The model of a Hugging Face checkpoint in the dtype it would be loaded in.
+
+        ``entries``: its tensors, the first of which give the dtype where ``config.json`` does not.
+
+        Raises:
+            CheckpointError: no ``config.json``, or one that cannot be understood.
+        """
+        transformers = import_transformers()
+        cls = transformers_class(directory, architecture(directory))
+        try:
+            with quiet_transformers():
+                config = cls.config_class.from_pretrained(str(directory), local_files_only=True)
+                dtype = _dtype(config) or next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
+                major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+                setattr(config, "dtype" if (major, minor) >= (4, 56) else "torch_dtype", dtype)
+                content = {**config.to_dict(), "_name_or_path": "", "transformers_version": ""}
+                key = f"{cls.__name__} {json.dumps(content, sort_keys=True, default=str)}"
+                if key not in self._made:
+                    with _default_dtype(dtype), torch.device("meta"), torch.random.fork_rng(devices=[]):
+                        self._made[key] = cls(config).eval()
+                    _keep_in_float32(self._made[key], dtype)
+        except Exception as error:  # a damaged config.json can fail anywhere in another package
+            reason = f"could not be read as {cls.__name__}: {error}"
+            raise CheckpointError(f"{directory / 'config.json'}: {reason}") from error
+        return self._made[key]
 
 
 def _dtype(config: Any) -> torch.dtype | None:
