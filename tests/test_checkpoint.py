@@ -12,7 +12,8 @@ from torch import nn
 
 import wemoe_fast.checkpoint as checkpoint
 from wemoe_fast import CheckpointError, accelerate_, atomic, expert_names, load, save, upscale, wemoe_layers
-from wemoe_fast.checkpoint import is_wemoe_directory, load_pretrained
+from wemoe_fast.checkpoint import is_wemoe_directory, load_pretrained, outline
+from wemoe_fast.inspection import inspect
 from wemoe_fast.upscale import merge_info
 
 TEXT = {
@@ -127,6 +128,17 @@ def test_a_loaded_model_is_the_same_bit_for_bit(tmp_path, dtype, options):
     assert not any(module.training for module in twin.modules())
     again = save(twin, tmp_path / "b")
     assert snapshot(again) == snapshot(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_an_outline_is_what_load_reads_without_the_weights(tmp_path, name):
+    directory = save(merged(bert(name, torch.bfloat16)), tmp_path / "a", max_shard_bytes=5000)
+    found, expected = outline(directory), load(directory)
+    assert {n: (t.shape, t.dtype) for n, t in found.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in found.parameters())
+    assert inspect(found) == inspect(expected)
 
 
 def test_gated_mlps_and_masks_survive(tmp_path):

@@ -27,7 +27,7 @@ from .atomic import check_output as check_output
 from .atomic import replaced_directory
 from .card import model_card
 from .errors import CheckpointError
-from .headers import read_checkpoint, read_json, read_tensor
+from .headers import TensorEntry, read_checkpoint, read_json, read_tensor
 from .mlp import FastWEMoEMLP
 from .router import Router
 from .sharded import TensorSpec, plan_shards, write_shards
@@ -133,7 +133,19 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
         CheckpointError: files missing, damaged or of another format version; every tensor that is missing,
             left over or of another shape, at once.
     """
-    directory = Path(directory)
+    return _assemble(Path(directory), base, read_tensor, "cpu")
+
+
+def outline(directory: str | Path) -> nn.Module:
+    """What :func:`load` reads, on the meta device: everything but the weights, which are not read."""
+
+    def placeholder(entry: TensorEntry) -> Tensor:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    return _assemble(Path(directory), None, placeholder, "meta")
+
+
+def _assemble(directory: Path, base: nn.Module | None, read: Callable[[TensorEntry], Tensor], device: str) -> nn.Module:
     description = read_description(directory)
     try:
         check_description(description)
@@ -145,7 +157,8 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
     if set(layers) == {""}:
         skeleton: nn.Module = layers[""]
     else:
-        skeleton = _skeleton(directory, description) if base is None else copy.deepcopy(base).cpu()
+        with torch.device(device):
+            skeleton = _skeleton(directory, description) if base is None else copy.deepcopy(base).cpu()
     try:
         model = install(skeleton, layers, info)
     except (AttributeError, ValueError) as error:
@@ -153,7 +166,8 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
             f"{directory}: its layers do not fit {type(skeleton).__name__}: {error}. It was saved with "
             f"{_versions(description)}"
         ) from error
-    _fill(model, _read_weights(directory), description["aliases"], f"{directory}, saved with {_versions(description)}")
+    stored = {name: read(entry) for name, entry in read_checkpoint(directory).items()}
+    _fill(model, stored, description["aliases"], f"{directory}, saved with {_versions(description)}")
     return model.eval()
 
 
@@ -405,12 +419,12 @@ def _fill(model: nn.Module, stored: dict[str, Tensor], aliases: dict[str, str], 
     first: dict[Tensor, str] = {}
     for name in targets.keys() & stored.keys():
         other = first.setdefault(targets[name], name)
-        if not torch.equal(stored[name], stored[other]):
+        if other != name and not (stored[name].is_meta or torch.equal(stored[name], stored[other])):
             problems.append(f"{name}: expected what {other} is, as the model ties them, found other values")
     if problems:
         raise CheckpointError.of(subject, sorted(problems))
     for layer in wemoe_layers(model).values():
-        layer.to_empty(device="cpu")
+        layer.to_empty(device=next(iter(stored.values())).device)
     targets = model.state_dict(keep_vars=True)
     for name, tensor in stored.items():
         targets[name].data = tensor
@@ -424,10 +438,6 @@ def _write_weights(tensors: dict[str, Tensor], directory: Path, max_shard_bytes:
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     for _ in write_shards(plan_shards(specs, max_shard_bytes), directory, lambda spec: iter([(0, tensors[spec.name])])):
         pass
-
-
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    return {name: read_tensor(entry) for name, entry in read_checkpoint(directory).items()}
 
 
 def architecture(directory: Path) -> str:

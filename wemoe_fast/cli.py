@@ -14,7 +14,7 @@ from torch import nn
 
 from . import __version__
 from .adapt import ROUTINGS, adapt
-from .checkpoint import MAX_SHARD_BYTES, check_output, is_wemoe_directory, load, load_pretrained, save
+from .checkpoint import MAX_SHARD_BYTES, check_output, is_wemoe_directory, load, load_pretrained, outline, save
 from .comparison import compare, table, write_comparison
 from .config import load_recipe
 from .convert import convert
@@ -128,7 +128,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    _say(inspect(load(options.model)))
+    _say(inspect(outline(options.model)))
 
 
 def _tune(options: argparse.Namespace) -> None:
