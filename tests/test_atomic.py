@@ -96,6 +96,13 @@ def test_a_living_writer_is_left_alone(tmp_path):
     assert (out / "file").read_text() == "mine"
 
 
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_lock", lambda path: None)
+    (tmp_path / ".out.partial-12345678").mkdir()
+    write(tmp_path / "out", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-12345678", "out"]
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_replacement_killed_between_its_two_renames_is_ended(tmp_path, there):
     """Where the system cannot exchange two directories in one step."""

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -92,15 +92,17 @@ def umask() -> int:
 
 
 def _locked_sibling(directory: Path) -> tuple[Path, int | None]:
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
-        if fcntl is None:
-            return path, None
+    """A new sibling and its lock; without one on a file system that has no locks, where leftovers stay."""
+    prefix = f".{directory.name}.partial-"
+    for _ in range(5):
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
         lock = _lock(path)
+        if lock is not None and path.is_dir():
+            return path, lock
         if lock is not None:
-            if path.is_dir():
-                return path, lock
             os.close(lock)  # another writer took it for a leftover before it was locked
+        shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent)), None
 
 
 def _lock(path: Path) -> int | None:
@@ -165,11 +167,10 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
+    if os.name == "nt":  # no descriptors of directories there
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(PermissionError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

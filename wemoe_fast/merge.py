@@ -104,8 +104,9 @@ def merge_to_directory(
                 raise CheckpointError(f"{out}: not written: an input was changed during the merge; merge again")
             write_json(target / MANIFEST_FILE, manifest)
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
-            f"{out}: could not be written: {error.strerror or error}; nothing was left behind, and what was there "
+            f"{out}: could not be written: {error.strerror or error}{where}; nothing was left behind, and what was there "
             "before is untouched"
         ) from error
     return plan
