@@ -22,7 +22,7 @@ def test_a_writer_that_is_not_atomic_is_found_out(tmp_path):
         out.mkdir(parents=True, exist_ok=True)
         for name in "abcdefgh":
             (out / name).write_bytes(b"x")
-            faults.time.sleep(0.05)
+            faults.time.sleep(0.03)
 
     scenario = Scenario(run, out, lambda: faults.shutil.rmtree(out, ignore_errors=True), lambda: None)
     outcome = kill_at_random(scenario, 3)

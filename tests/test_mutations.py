@@ -10,7 +10,7 @@ from wemoe_fast.benchmarks.mutations import TARGETS, Bench
 pytest.importorskip("transformers")
 
 BOUNDED = settings(
-    max_examples=25,
+    max_examples=35,
     deadline=None,
     derandomize=True,
     database=None,

@@ -106,8 +106,8 @@ def merge_to_directory(
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise CheckpointError(
-            f"{out}: could not be written: {error.strerror or error}{where}; nothing was left behind, and what was there "
-            "before is untouched"
+            f"{out}: could not be written: {error.strerror or error}{where}; nothing was left behind, and "
+            "what was there before is untouched"
         ) from error
     return plan
 
