@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wemoe_fast.checkpoint as checkpoint
-from wemoe_fast import CheckpointError, accelerate_, expert_names, load, save, upscale, wemoe_layers
-from wemoe_fast.checkpoint import is_wemoe_directory, load_pretrained
+from wemoe_fast import CheckpointError, accelerate_, atomic, expert_names, load, save, upscale, wemoe_layers
+from wemoe_fast.checkpoint import is_wemoe_directory, load_pretrained, outline
+from wemoe_fast.inspection import inspect
 from wemoe_fast.upscale import merge_info
 
 TEXT = {
@@ -127,6 +128,17 @@ def test_a_loaded_model_is_the_same_bit_for_bit(tmp_path, dtype, options):
     assert not any(module.training for module in twin.modules())
     again = save(twin, tmp_path / "b")
     assert snapshot(again) == snapshot(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_an_outline_is_what_load_reads_without_the_weights(tmp_path, name):
+    directory = save(merged(bert(name, torch.bfloat16)), tmp_path / "a", max_shard_bytes=5000)
+    found, expected = outline(directory), load(directory)
+    assert {n: (t.shape, t.dtype) for n, t in found.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in found.parameters())
+    assert inspect(found) == inspect(expected)
 
 
 def test_gated_mlps_and_masks_survive(tmp_path):
@@ -332,7 +344,7 @@ def test_a_file_in_the_directorys_place_is_left_alone(tmp_path, overwrite):
     assert (tmp_path / "a").read_text() == "a file"
 
 
-@pytest.mark.parametrize("failing", ["save_file", "model_card", "_write_json", "carry_files"])
+@pytest.mark.parametrize("failing", ["write_shards", "model_card", "_write_json", "carry_files"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failure_in_the_middle_leaves_what_was_there(tmp_path, monkeypatch, failing, error):
     directory = save(merged(stack()), tmp_path / "a")
@@ -359,7 +371,8 @@ def test_a_failure_at_the_last_step_puts_the_old_directory_back(tmp_path, monkey
             raise OSError("no")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", second_fails)
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic.os, "replace", second_fails)
     with pytest.raises(OSError, match="no"):
         save(merged(stack()), directory, overwrite=True)
     assert snapshot(tmp_path) == before
@@ -440,9 +453,9 @@ def test_every_tensor_that_does_not_fit_is_listed(saved):
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, saved_bert):
     (saved_bert / "model.safetensors").unlink()
     (saved_bert / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    assert "save_pretrained" in refused(saved_bert, "pickle")
+    assert "wemoe-fast convert" in refused(saved_bert, "pickle")
     (saved_bert / "wemoe.json").unlink()
-    with pytest.raises(CheckpointError, match=r"pickle files \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pickle files \(pytorch_model.bin\).*wemoe-fast convert"):
         load_pretrained(saved_bert)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 import torch
 
 from wemoe_fast import load
-from wemoe_fast.cli import main
+from wemoe_fast.cli import _size, main
 from wemoe_fast.comparison import compare, environment, write_comparison
 from wemoe_fast.errors import CheckpointError
 from wemoe_fast.inspection import inspect
@@ -84,6 +85,40 @@ def test_the_verbs_from_end_to_end(project, capsys):
 
     assert run("inspect", adapted) == 0
     assert "encoder.layer.1.intermediate" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_a_merge_will_take_and_writes_nothing(project, capsys):
+    before = sorted(project.rglob("*"))
+    assert run("merge", project / "recipe.yaml", "--out", project / "merged", "--dry-run") == 0
+    shown = capsys.readouterr()
+    for part in ("merged by task arithmetic", "upscaled", "peak memory", "of weights in 1 file", "nothing was written"):
+        assert part in shown.out
+    assert shown.err == ""
+    assert sorted(project.rglob("*")) == before
+
+
+def test_a_merge_in_shards_shows_its_progress_unless_quiet(project, capsys):
+    merge = ("merge", project / "recipe.yaml", "--out", project / "merged", "--max-shard-size", "4KiB")
+    assert run(*merge) == 0
+    shown = capsys.readouterr()
+    assert "merge" in shown.err
+    assert "written to" in shown.out
+    assert len(list((project / "merged").glob("model-*.safetensors"))) > 2
+    assert run(*merge, "--overwrite", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5", 5), ("2GB", 2_000_000_000), ("1.5 MiB", 3 << 19), ("3k", 3000), ("1TB", 10**12)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert _size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "1 apple", "0.1B"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="2GB"):
+        _size(text)
 
 
 def test_the_seed_makes_merging_repeatable(project):

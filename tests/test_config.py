@@ -18,6 +18,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+LETTERS = list(zip("bcdefghijklmnopqrstuvw", "cdefghijklmnopqrstuvwx", strict=True))
 MODELS = "base: models/base\nexperts:\n  a: models/a\n  b: models/b\n"
 
 
@@ -155,11 +156,24 @@ def test_missing_and_misplaced_parts_of_a_recipe(root: Path, text: str, part: st
         (b"base: \xff\xfe", "not valid YAML"),
         ("when: 2001-99-99", "not valid YAML"),
         ("[" * 5000, "nested too deeply"),
+        ("a: &a [*a]", "an alias inside of what it stands for"),
+        ("b: &b [1, 1]\n" + "\n".join(f"{a}: &{b} [*{a}, *{a}]" for a, b in LETTERS), "more than 100000 values"),
+        ("seed: " + ":".join(["59"] * 3000), "more than 10000 bits"),
+        ("x: '" + "x" * (1 << 20) + "'", "at most 1048576 bytes"),
         ("a: 1\n---\nb: 2", "not valid YAML: line 2, column 1"),
     ],
 )
 def test_malformed_yaml_says_where(root: Path, text: str | bytes, part: str) -> None:
     assert part in recipe_error(root, text)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-of-this-name/x"])
+def test_paths_that_cannot_be_looked_up_are_refused(root: Path, path: str) -> None:
+    assert "base: expected a path that can be looked up" in recipe_error(root, MODELS.replace("models/base", path))
+
+
+def test_aliases_are_fine(root: Path) -> None:
+    assert len(recipe(root, "base: &m models/base\nexperts: {a: *m, b: *m}").experts) == 2
 
 
 def test_missing_and_unreadable_files_are_config_errors(root: Path) -> None:

@@ -1,13 +1,16 @@
 import copy
+import errno
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from wemoe_fast import CheckpointError, InputError, load, task_arithmetic, upscale, wemoe_layers
+from wemoe_fast import CheckpointError, InputError, load, sharded, task_arithmetic, upscale, wemoe_layers
 from wemoe_fast.config import Recipe
-from wemoe_fast.merge import baselines, load_recipe_models, merge
+from wemoe_fast.merge import baselines, check_merge, load_recipe_models, merge, merge_to_directory
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +58,7 @@ def test_a_recipe_becomes_a_directory(recipe, tmp_path):
     settings = json.loads((tmp_path / "out" / "wemoe.json").read_text())["settings"]
     names = {"base": "base", "experts": {"one": "one", "two": "two"}}
     assert settings == {"merge_lambda": 0.2, "init_lambda": 0.4, "seed": 3, **names}
-    for name in ("README.md", "wemoe.json", "config.json"):
+    for name in ("README.md", "wemoe.json", "config.json", "merge.json"):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
 
 
@@ -71,7 +74,7 @@ def test_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
     merge(recipe, tmp_path / "b")
     merge(changed(recipe, seed=1), tmp_path / "c")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["README.md", "config.json", "model.safetensors", "vocab.txt", "wemoe.json"]
+    assert names == ["README.md", "config.json", "merge.json", "model.safetensors", "vocab.txt", "wemoe.json"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
@@ -136,3 +139,64 @@ def test_baselines_are_what_a_merged_model_is_compared_with(recipe):
     everything = dict(baselines(changed(recipe, merge_lambda=0.25), experts=True))
     assert list(everything) == ["pretrained", "expert one", "expert two", "weight average", "task arithmetic 0.25"]
     assert torch.equal(run(everything["expert two"]), run(experts["two"]))
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(recipe, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    plan = check_merge(recipe, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+    merge_to_directory(recipe, tmp_path / "out", max_shard_bytes=5000)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert plan.output_bytes < written < plan.output_bytes + 20000
+    with pytest.raises(CheckpointError, match="new or empty"):
+        check_merge(recipe, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="apart from the inputs"):
+        check_merge(recipe, tmp_path / "one", overwrite=True)
+
+
+def test_the_manifest_names_inputs_by_their_hashes(recipe, tmp_path):
+    merge_to_directory(recipe, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "merge.json").read_text())
+    content = (recipe.experts["two"] / "model.safetensors").read_bytes()
+    found = manifest["inputs"]["experts"]["two"]["model.safetensors"]
+    assert found == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert manifest["recipe"]["experts"] == {"one": "one", "two": "two"}
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("when", range(0, 60, 7))
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interrupt_leaves_the_old_model(recipe, tmp_path, monkeypatch, when, error):
+    merge(recipe, tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write, calls = sharded._write_at, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > when:
+            raise error
+        write(*arguments)
+
+    monkeypatch.setattr(sharded, "_write_at", fail)
+    expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="No space left" if isinstance(error, OSError) else None):
+        merge_to_directory(changed(recipe, seed=1), tmp_path / "out", overwrite=True, max_shard_bytes=3000)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_system_that_takes_no_more_is_said_so(recipe, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written: File too large; nothing was left behind"):
+            merge_to_directory(recipe, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "two"]
+
+
+def test_too_little_space_is_said_before_the_work(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(CheckpointError, match="bytes of free space, found 100"):
+        check_merge(recipe, tmp_path / "out")

@@ -13,31 +13,30 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import __version__
+from .atomic import check_output as check_output
+from .atomic import replaced_directory
 from .card import model_card
 from .errors import CheckpointError
+from .headers import TensorEntry, read_checkpoint, read_json, read_tensor
 from .mlp import FastWEMoEMLP
 from .router import Router
+from .sharded import TensorSpec, plan_shards, write_shards
 from .task_vectors import MergedLinear
 from .upscale import MergeInfo, install, merge_info, wemoe_layers
 
 FORMAT_VERSION = 1
 WEMOE_FILE = "wemoe.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 << 30
 CARRIED = (
     "tokenizer*",
     "vocab.*",
@@ -62,7 +61,7 @@ def save(
     *,
     files_from: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = 5 << 30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
     """Write a model made by ``upscale``, ``merge`` or ``accelerate_``.
@@ -80,33 +79,47 @@ def save(
     Raises:
         CheckpointError: nothing to save, or the directory is not empty.
     """
-    layers = wemoe_layers(model)
-    if not layers:
+    if not wemoe_layers(model):
         raise CheckpointError(f"save: expected a model with FastWEMoEMLP layers, found none in {type(model).__name__}")
-    info = merge_info(model)
     tensors, aliases = _distinct_tensors(model)
+    with replaced_directory(Path(directory), overwrite=overwrite) as target:
+        _write_weights(tensors, target, max_shard_bytes)
+        write_description(model, aliases, target, files_from=files_from, settings=settings)
+    return Path(directory)
+
+
+def write_description(
+    model: nn.Module,
+    aliases: Mapping[str, str],
+    target: Path,
+    *,
+    files_from: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Everything of a WEMoE directory but its weights; ``model`` may be on the meta device.
+
+    ``aliases``: names of tensors that are not stored -> the name under which they are. The rest as in :func:`save`.
+    """
+    info = merge_info(model)
     description = {
         "format_version": FORMAT_VERSION,
         "wemoe_fast": __version__,
         **_model_class(model),
         "experts": list(info.experts),
         "emptied": list(info.emptied),
-        "layers": {path: _describe(layer) for path, layer in layers.items()},
-        "aliases": aliases,
+        "layers": {path: _describe(layer) for path, layer in wemoe_layers(model).items()},
+        "aliases": dict(aliases),
         "settings": {**info.settings, **(settings or {})},
     }
-    with replaced_directory(Path(directory), overwrite=overwrite) as target:
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "to_json_file"):
-            config = copy.deepcopy(config)
-            config.architectures = [type(model).__name__]
-            config.to_json_file(target / "config.json")
-        if files_from is not None:
-            carry_files(Path(files_from), target)
-        _write_weights(tensors, target, max_shard_bytes)
-        _write_json(target / WEMOE_FILE, description)
-        (target / "README.md").write_text(model_card(description), encoding="utf-8")
-    return Path(directory)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_file"):
+        config = copy.deepcopy(config)
+        config.architectures = [type(model).__name__]
+        config.to_json_file(target / "config.json")
+    if files_from is not None:
+        carry_files(Path(files_from), target)
+    _write_json(target / WEMOE_FILE, description)
+    (target / "README.md").write_text(model_card(description), encoding="utf-8")
 
 
 def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
@@ -120,7 +133,19 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
         CheckpointError: files missing, damaged or of another format version; every tensor that is missing,
             left over or of another shape, at once.
     """
-    directory = Path(directory)
+    return _assemble(Path(directory), base, read_tensor, "cpu")
+
+
+def outline(directory: str | Path) -> nn.Module:
+    """What :func:`load` reads, on the meta device: everything but the weights, which are not read."""
+
+    def placeholder(entry: TensorEntry) -> Tensor:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    return _assemble(Path(directory), None, placeholder, "meta")
+
+
+def _assemble(directory: Path, base: nn.Module | None, read: Callable[[TensorEntry], Tensor], device: str) -> nn.Module:
     description = read_description(directory)
     try:
         check_description(description)
@@ -132,7 +157,8 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
     if set(layers) == {""}:
         skeleton: nn.Module = layers[""]
     else:
-        skeleton = _skeleton(directory, description) if base is None else copy.deepcopy(base).cpu()
+        with torch.device(device):
+            skeleton = _skeleton(directory, description) if base is None else copy.deepcopy(base).cpu()
     try:
         model = install(skeleton, layers, info)
     except (AttributeError, ValueError) as error:
@@ -140,7 +166,8 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
             f"{directory}: its layers do not fit {type(skeleton).__name__}: {error}. It was saved with "
             f"{_versions(description)}"
         ) from error
-    _fill(model, _read_weights(directory), description["aliases"], f"{directory}, saved with {_versions(description)}")
+    stored = {name: read(entry) for name, entry in read_checkpoint(directory).items()}
+    _fill(model, stored, description["aliases"], f"{directory}, saved with {_versions(description)}")
     return model.eval()
 
 
@@ -162,10 +189,9 @@ def load_pretrained(directory: str | Path, model_class: str | None = None) -> nn
     directory = Path(directory)
     if is_wemoe_directory(directory):
         raise CheckpointError(f"{directory}: expected an ordinary checkpoint, found a WEMoE model ({WEMOE_FILE})")
-    for path in _weight_files(directory):
-        _read_header(path)
+    read_checkpoint(directory)
     transformers = import_transformers()
-    cls = _transformers_class(directory, model_class or _architecture(directory))
+    cls = transformers_class(directory, model_class or architecture(directory))
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     dtype = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     try:
@@ -190,7 +216,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "no such directory" if not directory.is_dir() else "an ordinary directory"
         raise CheckpointError(f"{directory}: expected a WEMoE checkpoint with {WEMOE_FILE}, found {found}")
-    description = _read_json(path)
+    description = read_json(path)
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -279,48 +305,6 @@ def carry_files(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-@contextmanager
-def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new sibling of ``directory`` to write to, which takes its place only when the block ends well."""
-    check_output(directory, overwrite=overwrite)
-    directory = directory.resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~umask())
-        check_output(directory, overwrite=overwrite)
-        if overwrite and directory.exists():
-            _swap(temporary, directory)
-        else:
-            os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(new: Path, directory: Path) -> None:
-    """Put ``new`` in the place of a directory, or leave that one where it is."""
-    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.replace(directory, retired)
-    try:
-        os.replace(new, directory)
-    except BaseException:
-        os.replace(retired, directory)
-        raise
-    shutil.rmtree(retired)
-
-
-def check_output(directory: Path, *, overwrite: bool) -> None:
-    """Refuse an output directory that holds something, unless it may be replaced."""
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: expected a directory to write to, found a file")
-    if not overwrite and directory.is_dir() and any(directory.iterdir()):
-        raise CheckpointError(
-            f"{directory}: expected a new or empty directory, found {len(list(directory.iterdir()))} entries; "
-            "name another or pass overwrite (--overwrite)"
-        )
-
-
 def import_transformers() -> Any:
     """The transformers package, or a CheckpointError that says how to get it."""
     try:
@@ -406,7 +390,7 @@ def _skeleton(directory: Path, description: dict[str, Any]) -> nn.Module:
             "architecture: load(directory, base=module)"
         )
     transformers = import_transformers()
-    cls = _transformers_class(directory, name)
+    cls = transformers_class(directory, name)
     try:
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
         with torch.random.fork_rng(devices=[]):
@@ -435,12 +419,12 @@ def _fill(model: nn.Module, stored: dict[str, Tensor], aliases: dict[str, str], 
     first: dict[Tensor, str] = {}
     for name in targets.keys() & stored.keys():
         other = first.setdefault(targets[name], name)
-        if not torch.equal(stored[name], stored[other]):
+        if other != name and not (stored[name].is_meta or torch.equal(stored[name], stored[other])):
             problems.append(f"{name}: expected what {other} is, as the model ties them, found other values")
     if problems:
         raise CheckpointError.of(subject, sorted(problems))
     for layer in wemoe_layers(model).values():
-        layer.to_empty(device="cpu")
+        layer.to_empty(device=next(iter(stored.values())).device)
     targets = model.state_dict(keep_vars=True)
     for name, tensor in stored.items():
         targets[name].data = tensor
@@ -451,104 +435,27 @@ def _fill(model: nn.Module, stored: dict[str, Tensor], aliases: dict[str, str], 
 
 
 def _write_weights(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += size
-    if len(shards) == 1:
-        save_file(shards[0], directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        return
-    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    for _ in write_shards(plan_shards(specs, max_shard_bytes), directory, lambda spec: iter([(0, tensors[spec.name])])):
+        pass
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    if name in tensors:
-                        raise CheckpointError(f"{path}: {name} is in another file too")
-                    tensors[name] = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
-    return tensors
-
-
-def _read_header(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in a fixed order."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
-    if (directory / WEIGHTS_FILE).is_file():
-        return [directory / WEIGHTS_FILE]
-    if not (directory / INDEX_FILE).is_file():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{directory}: expected safetensors, found pickle files ({', '.join(pickles)}), which can run code "
-                'when opened. If you trust them, convert once: python -c "from transformers import AutoModel; '
-                f"AutoModel.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
-            )
-        raise CheckpointError(f"{directory}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither")
-    index = _read_json(directory / INDEX_FILE)
-    names = index.get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()) or not names:
-        raise CheckpointError(f"{directory / INDEX_FILE}: expected a weight_map of tensor names to file names")
-    problems = []
-    for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            problems.append(f"{name!r}: expected the name of a file in the same directory")
-        elif not (directory / name).is_file():
-            problems.append(f"{name} is missing")
-    if problems:
-        raise CheckpointError.of(str(directory / INDEX_FILE), problems)
-    return [directory / name for name in sorted(set(names.values()))]
-
-
-def _architecture(directory: Path) -> str:
+def architecture(directory: Path) -> str:
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory}: expected a Hugging Face checkpoint with config.json, found none")
-    architectures = _read_json(path).get("architectures")
+    architectures = read_json(path).get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f'{path}: expected "architectures" to name the model\'s class, found {architectures!r}')
     return architectures[0]
 
 
-def _transformers_class(directory: Path, name: str) -> Any:
+def transformers_class(directory: Path, name: str) -> Any:
     transformers = import_transformers()
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CheckpointError(f"{directory}: expected a model class of transformers, found {name!r}")
     return cls
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: could not be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -560,13 +467,6 @@ def _versions(description: dict[str, Any]) -> str:
     if description.get("transformers"):
         used.append(f"transformers {description['transformers']}")
     return ", ".join(used)
-
-
-def umask() -> int:
-    """The process's file mode mask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

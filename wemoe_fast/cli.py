@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,13 +15,14 @@ from torch import nn
 from . import __version__
 from .adapt import ROUTINGS, SETTINGS
 from .adapt_run import adapt_directory
-from .checkpoint import check_output, is_wemoe_directory, load, load_pretrained
+from .checkpoint import MAX_SHARD_BYTES, check_output, is_wemoe_directory, load, load_pretrained, outline
 from .comparison import compare, table, write_comparison
 from .config import load_recipe
+from .convert import convert
 from .distributed import world
 from .errors import InputError, WEMoEError
 from .inspection import inspect
-from .merge import baselines, merge
+from .merge import baselines, check_merge, coverage, expectation, merge_to_directory
 from .tasks import load_tasks
 from .tune import DTYPES as TUNED_DTYPES
 from .tune import SHAPES, Shape, summary, tune
@@ -53,9 +55,24 @@ def _merge(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     if options.seed is not None:
         recipe = replace(recipe, seed=options.seed)
-    model = merge(recipe, options.out, overwrite=options.overwrite)
-    _say(inspect(model))
-    _say(f"\nwritten to {options.out}")
+    if options.dry_run:
+        plan = check_merge(recipe, options.out, overwrite=options.overwrite, max_shard_bytes=options.max_shard_size)
+    else:
+        plan = merge_to_directory(
+            recipe,
+            options.out,
+            overwrite=options.overwrite,
+            max_shard_bytes=options.max_shard_size,
+            allow_nonfinite=options.allow_nonfinite,
+            progress=not options.quiet,
+        )
+    _say(f"{inspect(plan.model)}\n\n{coverage(plan)}\n")
+    _say(expectation(plan, options.max_shard_size) if options.dry_run else f"written to {options.out}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    files = convert(options.directory, options.out, overwrite=options.overwrite)
+    _say(f"{', '.join(path.name for path in files)} as safetensors in {options.out}")
 
 
 def _adapt(options: argparse.Namespace) -> None:
@@ -107,7 +124,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    _say(inspect(load(options.model)))
+    _say(inspect(outline(options.model)))
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -164,6 +181,14 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MiB, found {text!r}")
+    return size
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wemoe-fast", description="Merge fine-tuned models into one WEMoE model, adapt and evaluate it."
@@ -186,7 +211,21 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("merge", parents=[common, writing, seeded], help="recipe -> WEMoE model")
     verb.add_argument("recipe", type=Path, help="recipe.yaml: base, experts, lambda, router")
+    verb.add_argument("--dry-run", action="store_true", help="check everything that can be told without the weights")
+    verb.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default=MAX_SHARD_BYTES,
+        metavar="SIZE",
+        help="largest file to write, such as 2GB or 500MiB (default: 5GiB)",
+    )
+    verb.add_argument("--allow-nonfinite", action="store_true", help="merge NaN and infinite numbers like any others")
+    verb.add_argument("--quiet", action="store_true", help="no progress on stderr")
     verb.set_defaults(run=_merge)
+
+    verb = verbs.add_parser("convert", parents=[common, writing], help="pickle checkpoint -> safetensors, safely")
+    verb.add_argument("directory", type=Path, help="directory with pytorch_model*.bin")
+    verb.set_defaults(run=_convert)
 
     verb = verbs.add_parser(
         "adapt", parents=[running, typed, writing, seeded], help="train the routers on unlabelled samples"

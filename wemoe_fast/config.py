@@ -20,6 +20,9 @@ from .normalization import KINDS
 
 TEXT_SUFFIXES = (".jsonl",)
 TENSOR_SUFFIXES = (".safetensors",)
+MAX_YAML_BYTES = 1 << 20
+MAX_NODES = 100_000
+MAX_DEPTH = 32
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
@@ -153,11 +156,39 @@ def _task(entry: Any, number: int, root: Path, problems: list[str]) -> TaskConfi
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys without a word; this one remembers them."""
+    """SafeLoader for files from anywhere.
+
+    It remembers equal keys, of which SafeLoader keeps the last without a word, and refuses what would grow beyond
+    ``MAX_NODES`` when aliases are written out, or nests deeper than ``MAX_DEPTH``.
+    """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.repeated: list[str] = []
+        self._depth = 0
+        self._sizes: dict[Any, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if self._depth >= MAX_DEPTH:
+            raise _refused(f"nested too deeply, more than {MAX_DEPTH} levels", event)
+        self._depth += 1
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            children = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+            self._sizes[node] = 1 + (0 if isinstance(children, str) else sum(self._sizes[n] for n in children))
+        elif node not in self._sizes:
+            raise _refused("an alias inside of what it stands for", event)
+        if self._sizes[node] > MAX_NODES:
+            raise _refused(f"more than {MAX_NODES} values", event)
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value: int = super().construct_yaml_int(node)
+        if value.bit_length() > 10_000:  # Python refuses to write those out that have thousands of digits
+            raise yaml.constructor.ConstructorError(None, None, "an integer of more than 10000 bits", node.start_mark)
+        return value
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -174,9 +205,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _refused(reason: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.composer.ComposerError(None, None, reason, event.start_mark)
+
+
 def _read_yaml(path: Path) -> tuple[dict[Any, Any], list[str]]:
     """The file's top-level mapping and the repeated keys found; raises ConfigError if there is no mapping."""
     try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: expected at most {MAX_YAML_BYTES} bytes of YAML, found {path.stat().st_size}")
         text = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
@@ -348,7 +388,12 @@ def _task_list(value: Any) -> list[Any]:
 def _path(value: Any, root: Path) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise _UnfitError("a path")
-    return root / Path(value).expanduser()
+    try:
+        path = root / Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError):  # too long a name, a loop of links, no such home
+        raise _UnfitError("a path that can be looked up") from None
+    return path
 
 
 def _directory(root: Path) -> _Check[Path]:

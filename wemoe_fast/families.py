@@ -87,6 +87,23 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
     class do, that is registered twice or has linears that are (replaced at one place, they would live on at the
     other), or whose weights are not finite, on the meta device, or of several dtypes or devices.
     """
+    sites, problems = _search(model)
+    problems += _value_problems(dict(model.named_modules()), sites)
+    if problems:
+        raise InputError.of(f"model ({type(model).__name__})", problems)
+    return sites
+
+
+def locate_mlps(model: nn.Module) -> list[MLPSite]:
+    """`find_mlps` without a look at the weights' values, dtypes and devices: for models on the meta device."""
+    sites, problems = _search(model)
+    if problems:
+        raise InputError.of(f"model ({type(model).__name__})", problems)
+    return sites
+
+
+def _search(model: nn.Module) -> tuple[list[MLPSite], list[str]]:
+    """The sites, and what is wrong with their structure."""
     sites: list[MLPSite] = []
     inside: set[nn.Module] = set()
     skipped: dict[str, list[str]] = {}
@@ -104,14 +121,7 @@ def find_mlps(model: nn.Module) -> list[MLPSite]:
         inside.update(modules[site.path].modules())
     if not sites:
         raise _unknown(model, skipped)
-    problems = [
-        *_odd_ones_out(modules, sites, skipped),
-        *_registered_twice(modules, sites),
-        *_value_problems(modules, sites),
-    ]
-    if problems:
-        raise InputError.of(f"model ({type(model).__name__})", problems)
-    return sites
+    return sites, [*_odd_ones_out(modules, sites, skipped), *_registered_twice(modules, sites)]
 
 
 def _match(host: nn.Module) -> tuple[Family, MLPParts] | list[str]:

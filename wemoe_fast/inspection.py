@@ -24,7 +24,7 @@ def inspect(model: nn.Module) -> str:
                 name or "(the model)",
                 " -> ".join(map(str, sizes)) + (" gated" if layer.gate is not None else ""),
                 layer.activation,
-                _size(_bytes(stacked)),
+                readable_size(_bytes(stacked)),
                 f"depth {router.depth}" + (", batch" if router.batch_reduce else ", per sample"),
                 norm.kind + (f", top {norm.top_k}" if norm.top_k else ""),
                 f"{sum(p.numel() for p in router.parameters()):,}",
@@ -39,17 +39,18 @@ def inspect(model: nn.Module) -> str:
         f"{type(model).__name__} with {len(layers)} WEMoE layers, "
         f"{len(info.experts)} experts: {', '.join(info.experts)}",
         "",
-        *_aligned(rows),
+        *aligned(rows),
         "",
         f"parameters   {_count(parameters)} in all, {_count(outside)} outside of the WEMoE layers, "
         f"{_count(trainable)} trainable",
-        f"memory       {_size(_bytes(parameters))} ({', '.join(dtypes)})",
+        f"memory       {readable_size(_bytes(parameters))} ({', '.join(dtypes)})",
     ]
     lines += [f"{key:<12} {value}" for key, value in info.settings.items()]
     return "\n".join(lines)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, one a row, cells of a column equally wide."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -62,7 +63,8 @@ def _count(parameters: Sequence[Tensor]) -> str:
     return f"{sum(p.numel() for p in parameters):,}"
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
+    """Bytes for people: 1.5 MiB."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

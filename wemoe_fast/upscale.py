@@ -17,7 +17,7 @@ from .families import MLPSite, find_mlps
 from .interop import is_wemoe
 from .masks import connect
 from .mlp import FastWEMoEMLP
-from .structure import MLPParts, parse_mlp, parse_split_mlp
+from .structure import MLPParts, recognise, recognise_split
 from .task_vectors import check_experts
 
 
@@ -74,9 +74,9 @@ def upscale(
     _refuse_merged({"base": base, **{f"expert {name!r}": expert for name, expert in experts.items()}})
     check_models(base, experts)
     sites = find_mlps(base)
-    parts = {name: _expert_parts(name, expert, base, sites) for name, expert in experts.items()}
+    parts = {name: expert_parts(name, expert, base, sites) for name, expert in experts.items()}
     model = task_arithmetic(base, experts, merge_lambda)
-    with _seeded(seed):
+    with seeded(seed):
         layers = {
             site.path: FastWEMoEMLP.from_parts(
                 site.parts,
@@ -264,7 +264,7 @@ def _refuse_merged(models: Mapping[str, nn.Module]) -> None:
         raise InputError.of("upscale", problems)
 
 
-def _expert_parts(name: str, expert: nn.Module, base: nn.Module, sites: Sequence[MLPSite]) -> dict[str, MLPParts]:
+def expert_parts(name: str, expert: nn.Module, base: nn.Module, sites: Sequence[MLPSite]) -> dict[str, MLPParts]:
     """The expert's MLPs at the base's sites, by the sites' paths; taken apart anew only where they look different."""
     paths = {module: path for path, module in base.named_modules()}
     found, problems = {}, []
@@ -277,7 +277,7 @@ def _expert_parts(name: str, expert: nn.Module, base: nn.Module, sites: Sequence
                 continue
             down: Any = expert.get_submodule(where["down"])
             module = expert.get_submodule(site.path)
-            parts = parse_split_mlp(module, down) if site.emptied else parse_mlp(module)
+            parts = recognise_split(module, down) if site.emptied else recognise(module)
             if parts.linears() != {role: expert.get_submodule(path) for role, path in where.items()}:
                 raise InputError(f"expected the linears in the roles {where}, found them in others")
             found[site.path] = parts
@@ -305,7 +305,7 @@ def _settings(module: nn.Module) -> tuple[type, str, dict[str, Any]]:
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """The global generator as if seeded, and afterwards as it was."""
     if seed is None:
         yield

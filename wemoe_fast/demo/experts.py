@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint import quiet_transformers, umask
+from ..atomic import umask
+from ..checkpoint import quiet_transformers
 from ..errors import CheckpointError, InputError
 from ..tasks import Head, load_tokenizer
 from .sources import file_sha256
