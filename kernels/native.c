@@ -35,11 +35,11 @@ typedef int32_t integer;
 #endif
 #define VL (VECTOR / (int)sizeof(real))
 #define NR (2 * VL)
-#define CB 32   /* numbers of a row of the stack that are gathered and merged at once */
 #define NB 60   /* tokens that are multiplied at once */
-#define GROUP 8 /* samples that a tile of the stack is merged for while it is in cache */
-#define OUTER_ROWS 36
-#define OUTER_COLUMNS 224
+#define FEW 6    /* samples that are merged at once: their sums fit in the registers */
+#define GROUP 6  /* samples that a tile of the stack is merged for while it is in cache */
+#define OUTER_ROWS (3 * NR) /* of an outer product, with its columns and those of the samples under way in cache */
+#define OUTER_COLUMNS (10 * NR)
 
 typedef real vec __attribute__((vector_size(VECTOR), aligned(4), may_alias));
 typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(4), may_alias));
@@ -147,71 +147,72 @@ static void product(long M, long K, const real *a, long row, long column, const 
   }
 }
 
-/* s[t][0:CB] of the stack from number `at` on, zeros behind `count`; asks for what lies `next` numbers later. */
-INLINE void gather(real *s, const void *stack, long T1, long size, long at, long count, long next, int kind) {
-  for (long t = 0; t < T1; t++) {
-    const char *coming = (const char *)stack + (t * size + at + next) * BYTES(kind);
-    for (long line = 0; line < CB * BYTES(kind); line += 64) __builtin_prefetch(coming + line);
-    if (count == CB) {
-      widen(s + t * CB, stack, t * size + at, CB, kind);
-    } else {
-      widen(s + t * CB, stack, t * size + at, count, kind);
-      memset(s + t * CB + count, 0, (CB - count) * sizeof(real));
-    }
-  }
-}
-
-/* A tile of the stack [T1, rows, columns], rows `pitch` apart, in blocks s[row][block][t][CB]: what is used together lies
-   together. Rows from `there` on, up to `rows`, are zeros. */
-static void gather_tile(real *s, const void *stack, long T1, long size, long pitch, long at, long there, long rows,
-                        long columns, int kind) {
-  const long blocks = (columns + CB - 1) / CB;
-  for (long r = 0; r < there; r++)
-    for (long c = 0; c < blocks; c++)
-      gather(s + (r * blocks + c) * T1 * CB, stack, T1, size, at + r * pitch + c * CB, least(CB, columns - c * CB), pitch,
-             kind);
-  memset(s + there * blocks * T1 * CB, 0, (rows - there) * blocks * T1 * CB * sizeof(real));
-}
-
-/* out[g][0:CB] = sum_t w[g][t] s[t][0:CB] for `count` samples. */
-INLINE void merge_few(const int count, long T1, const real *w, const real *s, real *out, long os) {
-  for (long c = 0; c < CB; c += NR) {
-    vec low[4], high[4];
-#pragma GCC unroll 4
-    for (int g = 0; g < count; g++) low[g] = high[g] = (vec){0};
-    for (long t = 0; t < T1; t++) {
-      const vec s0 = LOAD(s + t * CB + c), s1 = LOAD(s + t * CB + c + VL);
-#pragma GCC unroll 4
-      for (int g = 0; g < count; g++) {
-        const vec wg = w[g * T1 + t] - (vec){0};
-        low[g] += wg * s0;
-        high[g] += wg * s1;
+/* A tile of the stack [T1, rows, columns], its rows `pitch` apart, in blocks s[NR rows][T1][NR columns]: what is used
+   together lies together, and is padded with zeros. Blocks follow each other along the columns, or where `down` along the
+   rows. */
+static void gather_tile(real *s, const void *stack, int kind, long T1, long size, long pitch, long at, long rows,
+                        long columns, int down) {
+  const long high = (rows + NR - 1) / NR, wide = (columns + NR - 1) / NR;
+  for (long r = 0; r < high * NR; r++)
+    for (long c = 0; c < wide; c++) {
+      real *to = s + ((down ? c * high + r / NR : r / NR * wide + c) * NR + r % NR) * T1 * NR;
+      const long from = at + r * pitch + c * NR, count = r < rows ? least(NR, columns - c * NR) : 0;
+      for (long t = 0; t < T1; t++) {
+        __builtin_prefetch((const char *)stack + (t * size + from + pitch) * BYTES(kind));
+        if (count == NR) {
+          widen(to + t * NR, stack, t * size + from, NR, kind);
+        } else {
+          memset(to + t * NR, 0, NR * sizeof(real));
+          widen(to + t * NR, stack, t * size + from, count, kind);
+        }
       }
     }
-#pragma GCC unroll 4
+}
+
+/* out[g][0:NR] = sum_t w[g][t] s[t][0:NR] for `count` samples. */
+INLINE void merge_few(const int count, long T1, const real *w, const real *s, real *out, long os) {
+  vec low[FEW], high[FEW];
+#pragma GCC unroll 6
+  for (int g = 0; g < count; g++) low[g] = high[g] = (vec){0};
+  for (long t = 0; t < T1; t++) {
+    const vec s0 = LOAD(s + t * NR), s1 = LOAD(s + t * NR + VL);
+#pragma GCC unroll 6
     for (int g = 0; g < count; g++) {
-      STORE(out + g * os + c, low[g]);
-      STORE(out + g * os + c + VL, high[g]);
+      const vec wg = w[g * T1 + t] - (vec){0};
+      low[g] += wg * s0;
+      high[g] += wg * s1;
     }
   }
-}
-
-INLINE void merge(long count, long T1, const real *w, const real *s, real *out, long os) {
-  switch (count) {
-    case 1: merge_few(1, T1, w, s, out, os); break;
-    case 2: merge_few(2, T1, w, s, out, os); break;
-    case 3: merge_few(3, T1, w, s, out, os); break;
-    default: merge_few(4, T1, w, s, out, os);
+#pragma GCC unroll 6
+  for (int g = 0; g < count; g++) {
+    STORE(out + g * os, low[g]);
+    STORE(out + g * os + VL, high[g]);
   }
 }
 
-/* to[c][r] = from[r][c] for NR rows and CB columns, 4 x 4 at a time. */
+/* The same for a block: out[g][r][0:NR], samples `os` apart. */
+INLINE void merge_block(const int count, long T1, const real *w, const real *s, real *out, long os) {
+  for (long r = 0; r < NR; r++) merge_few(count, T1, w, s + r * T1 * NR, out + r * NR, os);
+}
+
+static void merge(long count, long T1, const real *w, const real *s, real *out, long os) {
+  switch (count) {
+    case 1: merge_block(1, T1, w, s, out, os); break;
+    case 2: merge_block(2, T1, w, s, out, os); break;
+    case 3: merge_block(3, T1, w, s, out, os); break;
+    case 4: merge_block(4, T1, w, s, out, os); break;
+    case 5: merge_block(5, T1, w, s, out, os); break;
+    default: merge_block(6, T1, w, s, out, os);
+  }
+}
+
+/* to[c][r] = from[r][c] for NR rows and columns, 4 x 4 at a time. */
 INLINE void transpose(const real *from, real *to) {
-  for (long c = 0; c < CB; c += 4)
+  for (long c = 0; c < NR; c += 4)
     for (long r = 0; r < NR; r += 4) {
-      const real *f = from + r * CB + c;
-      const vec4 a0 = *(const vec4 *)f, a1 = *(const vec4 *)(f + CB), a2 = *(const vec4 *)(f + 2 * CB),
-                 a3 = *(const vec4 *)(f + 3 * CB);
+      const real *f = from + r * NR + c;
+      const vec4 a0 = *(const vec4 *)f, a1 = *(const vec4 *)(f + NR), a2 = *(const vec4 *)(f + 2 * NR),
+                 a3 = *(const vec4 *)(f + 3 * NR);
       const vec4 low01 = SHUFFLE(a0, a1, 0, 4, 1, 5), low23 = SHUFFLE(a2, a3, 0, 4, 1, 5);
       const vec4 high01 = SHUFFLE(a0, a1, 2, 6, 3, 7), high23 = SHUFFLE(a2, a3, 2, 6, 3, 7);
       real *o = to + c * NR + r;
@@ -222,33 +223,22 @@ INLINE void transpose(const real *from, real *to) {
     }
 }
 
-/* Panels out[g][panel][k][NR] of the tile s [panels * NR rows, depth columns], merged with w [count, T1]. */
-static void merge_rows(long count, long T1, const real *w, const real *s, long panels, long depth, real *out) {
-  real merged[4][NR * CB];
-  const long blocks = depth / CB;
-  for (long p = 0; p < panels; p++)
-    for (long c = 0; c < blocks; c++)
-      for (long g = 0; g < count; g += 4) {
-        const long few = least(4, count - g);
-        for (long r = 0; r < NR; r++)
-          merge(few, T1, w + g * T1, s + ((p * NR + r) * blocks + c) * T1 * CB, merged[0] + r * CB, NR * CB);
-        for (long i = 0; i < few; i++) transpose(merged[i], out + (((g + i) * panels + p) * depth + c * CB) * NR);
+/* Panels out[g][panel][k][NR] of a tile of `blocks` blocks, merged with w [count, T1]; `turned` where the columns of the
+   panels run along the rows of the stack. */
+static void merge_tile(long count, long T1, const real *w, const real *s, long blocks, int turned, real *out) {
+  real merged[FEW][NR * NR];
+  const long sample = blocks * NR * NR;
+  for (long i = 0; i < blocks; i++)
+    for (long g = 0; g < count; g += FEW) {
+      const long few = least(FEW, count - g);
+      real *to = out + g * sample + i * NR * NR;
+      if (turned) {
+        merge(few, T1, w + g * T1, s + i * NR * T1 * NR, merged[0], NR * NR);
+        for (long f = 0; f < few; f++) transpose(merged[f], to + f * sample);
+      } else {
+        merge(few, T1, w + g * T1, s + i * NR * T1 * NR, to, sample);
       }
-}
-
-/* The same of the tile s [depth rows, panels * NR columns]. */
-static void merge_columns(long count, long T1, const real *w, const real *s, long panels, long depth, real *out) {
-  real merged[4][CB];
-  const long blocks = (panels * NR + CB - 1) / CB;
-  for (long r = 0; r < depth; r++)
-    for (long c = 0; c < blocks; c++)
-      for (long g = 0; g < count; g += 4) {
-        const long few = least(4, count - g);
-        merge(few, T1, w + g * T1, s + (r * blocks + c) * T1 * CB, merged[0], CB);
-        for (long i = 0; i < few; i++)
-          for (long p = c * CB / NR, from = 0; from < CB && p < panels; p++, from += NR)
-            memcpy(out + (((g + i) * panels + p) * depth + r) * NR, merged[i] + from, NR * sizeof(real));
-      }
+    }
 }
 
 /* The numbers [count, K] of x from `at` on as they are computed with: where they lie, or widened into `room`. */
@@ -263,7 +253,7 @@ INLINE const real *rows_of(const void *x, long at, long *row, long count, long K
 
    x [B, N, K] with strides xb, xn; y [B, N, J] with strides yb, yn, both stored as x_kind; stack [T1, J, K], or
    [T1, K, J] where `lies`, as stack_kind; w [B, T1]; bias [T1, J] or null. A tile of W has `panels` * NR columns and
-   `depth` rows, a multiple of CB; the sums of `most` samples are under way at once. workspace, numbers:
+   `depth` rows, a multiple of NR; the sums of `most` samples are under way at once. workspace, numbers:
    depth * panels * NR * (T1 + GROUP) + most * N * panels * NR + NB * depth. */
 void merged_product(const void *x, long xb, long xn, int x_kind, const void *stack, int stack_kind, long T1, long J,
                     long K, int lies, const real *w, const real *bias, void *y, long yb, long yn, long B, long N,
@@ -277,14 +267,14 @@ void merged_product(const void *x, long xb, long xn, int x_kind, const void *sta
       const long samples = least(most, B - b0);
       memset(sums, 0, samples * N * pitch * sizeof(real));
       for (long k = 0; k < K; k += depth) {
-        const long rows = least(depth, K - k), height = lies ? rows : (rows + CB - 1) / CB * CB;
+        const long rows = least(depth, K - k), height = (rows + NR - 1) / NR * NR;
         if (lies)
-          gather_tile(s, stack, T1, J * K, J, k * J + j, rows, rows, width, stack_kind);
+          gather_tile(s, stack, stack_kind, T1, J * K, J, k * J + j, rows, width, 1);
         else
-          gather_tile(s, stack, T1, J * K, K, j * K + k, width, pitch, rows, stack_kind);
+          gather_tile(s, stack, stack_kind, T1, J * K, K, j * K + k, width, rows, 0);
         for (long b = b0; b < b0 + samples; b += GROUP) {
           const long count = least(GROUP, b0 + samples - b);
-          (lies ? merge_columns : merge_rows)(count, T1, w + b * T1, s, here, height, merged);
+          merge_tile(count, T1, w + b * T1, s, here * height / NR, !lies, merged);
           for (long g = b; g < b + count; g++)
             for (long n = 0; n < N; n += NB) {
               const long tokens = least(NB, N - n);
@@ -313,17 +303,17 @@ void merged_product(const void *x, long xb, long xn, int x_kind, const void *sta
   }
 }
 
-/* sums[t] += <o, s[t]> over CB columns. */
-INLINE void inner(const int count, const real *o, const real *s, vec *sums) {
+/* sums[t] += <o, s[t]> over a block: o [NR, NR] with rows OUTER_COLUMNS apart, s [NR, T1, NR] from some t on. */
+INLINE void inner(const int count, long T1, const real *o, const real *s, vec *sums) {
   vec low[5], high[5];
 #pragma GCC unroll 5
   for (int i = 0; i < count; i++) low[i] = high[i] = (vec){0};
-  for (long c = 0; c < CB; c += NR) {
-    const vec o0 = LOAD(o + c), o1 = LOAD(o + c + VL);
+  for (long r = 0; r < NR; r++, o += OUTER_COLUMNS, s += T1 * NR) {
+    const vec o0 = LOAD(o), o1 = LOAD(o + VL);
 #pragma GCC unroll 5
     for (int i = 0; i < count; i++) {
-      low[i] += o0 * LOAD(s + i * CB + c);
-      high[i] += o1 * LOAD(s + i * CB + c + VL);
+      low[i] += o0 * LOAD(s + i * NR);
+      high[i] += o1 * LOAD(s + i * NR + VL);
     }
   }
 #pragma GCC unroll 5
@@ -331,15 +321,15 @@ INLINE void inner(const int count, const real *o, const real *s, vec *sums) {
 }
 
 /* sums[t] += <o, s[t]> for all t, up to five at a time. */
-INLINE void inner_products(long T1, const real *o, const real *s, vec *sums) {
+static void inner_products(long T1, const real *o, const real *s, vec *sums) {
   for (long t = 0, parts = (T1 + 4) / 5; parts > 0; parts--) {
     const long some = (T1 - t + parts - 1) / parts;
     switch (some) {
-      case 1: inner(1, o, s + t * CB, sums + t); break;
-      case 2: inner(2, o, s + t * CB, sums + t); break;
-      case 3: inner(3, o, s + t * CB, sums + t); break;
-      case 4: inner(4, o, s + t * CB, sums + t); break;
-      default: inner(5, o, s + t * CB, sums + t);
+      case 1: inner(1, T1, o, s + t * NR, sums + t); break;
+      case 2: inner(2, T1, o, s + t * NR, sums + t); break;
+      case 3: inner(3, T1, o, s + t * NR, sums + t); break;
+      case 4: inner(4, T1, o, s + t * NR, sums + t); break;
+      default: inner(5, T1, o, s + t * NR, sums + t);
     }
     t += some;
   }
@@ -385,19 +375,19 @@ void merged_product_dw(const void *dy, long yb, long yn, const void *x, long xb,
   for (long j = first; j < last; j += OUTER_ROWS) {
     const long rows = least(OUTER_ROWS, last - j);
     for (long k = 0; k < K; k += OUTER_COLUMNS) {
-      const long columns = least(OUTER_COLUMNS, K - k), blocks = (columns + CB - 1) / CB;
-      gather_tile(s, stack, T1, J * K, K, j * K + k, rows, rows, columns, stack_kind);
+      const long columns = least(OUTER_COLUMNS, K - k), high = (rows + NR - 1) / NR, wide = (columns + NR - 1) / NR;
+      gather_tile(s, stack, stack_kind, T1, J * K, K, j * K + k, rows, columns, 0);
       for (long b = 0; b < B; b += GROUP) {
         const long count = least(GROUP, B - b);
         for (long g = 0; g < count; g++)
           outer_product(outer + g * OUTER_ROWS * OUTER_COLUMNS, dy, (b + g) * yb + j, yn, rows, x, (b + g) * xb + k, xn,
                         columns, N, room, x_kind);
         memset(sums, 0, sizeof sums);
-        for (long r = 0; r < rows; r++)
-          for (long c = 0; c < blocks; c++)
+        for (long r = 0; r < high; r++)
+          for (long c = 0; c < wide; c++)
             for (long g = 0; g < count; g++)
-              inner_products(T1, outer + (g * OUTER_ROWS + r) * OUTER_COLUMNS + c * CB, s + (r * blocks + c) * T1 * CB,
-                             sums[g]);
+              inner_products(T1, outer + (g * OUTER_ROWS + r * NR) * OUTER_COLUMNS + c * NR,
+                             s + (r * wide + c) * NR * T1 * NR, sums[g]);
         for (long g = 0; g < count; g++)
           for (long t = 0; t < T1; t++)
             for (int i = 0; i < VL; i++) dw[(b + g) * T1 + t] += sums[g][t][i];
@@ -406,13 +396,13 @@ void merged_product_dw(const void *dy, long yb, long yn, const void *x, long xb,
   }
 }
 
-/* What a caller must know: {NR, CB, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
+/* What a caller must know: {NR, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
 void constants(long *out) {
 #ifdef __FLT16_MAX__
   const long known = 1;
 #else
   const long known = 0;
 #endif
-  const long values[] = {NR, CB, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, known};
+  const long values[] = {NR, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, known};
   memcpy(out, values, sizeof values);
 }

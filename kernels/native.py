@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 KINDS = {torch.bfloat16: 1, torch.float16: 2}
 """Numbers of what native.c calls a kind; 0 is the dtype it computes with."""
-TILE_BYTES = 576 << 10
+TILE_BYTES = 512 << 10
 """What the tile of the stack and the weights merged from it may take: about the size of an L2 cache."""
 SUMS_BYTES = 2 << 20
 """What the sums of the samples under way may take."""
@@ -44,8 +44,6 @@ class Library:
     real: torch.dtype
     columns: int
     """NR: columns of a panel."""
-    block: int
-    """CB: a tile's depth is a multiple of it."""
     tokens: int
     group: int
     outer: tuple[int, int]
@@ -55,7 +53,7 @@ class Library:
         """(panels, depth) of a tile of 1+T ``experts``: deep where rows of the stack run along the sums, else wide."""
         width, deepest = self.width(lies), DEEPEST // 4 if lies else DEEPEST
         number = width * (experts + self.group) * self.real.itemsize
-        return width // self.columns, max(self.block, min(deepest, TILE_BYTES // number) // self.block * self.block)
+        return width // self.columns, max(1, min(deepest, TILE_BYTES // number) // self.columns) * self.columns
 
     def width(self, lies: bool) -> int:
         """Columns of a tile."""
@@ -157,10 +155,10 @@ def _library(real: torch.dtype) -> Library | str:
         return str(reason)
     except OSError as error:
         return f"the compiled kernels cannot be loaded: {error}"
-    constants = (ctypes.c_long * 7)()
+    constants = (ctypes.c_long * 6)()
     functions.constants(constants)
-    columns, block, tokens, group, rows, across, float16 = constants
-    return Library(functions, real, columns, block, tokens, group, (rows, across), bool(float16))
+    columns, tokens, group, rows, across, float16 = constants
+    return Library(functions, real, columns, tokens, group, (rows, across), bool(float16))
 
 
 def _compiled(real: torch.dtype) -> Path:
