@@ -253,21 +253,22 @@ INLINE const real *rows_of(const void *x, long at, long *row, long count, long K
 
    x [B, N, K] with strides xb, xn; y [B, N, J] with strides yb, yn, both stored as x_kind; stack [T1, J, K], or
    [T1, K, J] where `lies`, as stack_kind; w [B, T1]; bias [T1, J] or null. A tile of W has `panels` * NR columns and
-   `depth` rows, a multiple of NR; the sums of `most` samples are under way at once. workspace, numbers:
-   depth * panels * NR * (T1 + GROUP) + most * N * panels * NR + NB * depth. */
+   `depth` rows, a multiple of NR; the sums of `most` samples are under way at once, and the tiles beside each other use
+   the same numbers of x. workspace, numbers: depth * panels * NR * (T1 + GROUP)
+   + most * N * (last - first up to a multiple of NR) + NB * depth. */
 void merged_product(const void *x, long xb, long xn, int x_kind, const void *stack, int stack_kind, long T1, long J,
                     long K, int lies, const real *w, const real *bias, void *y, long yb, long yn, long B, long N,
                     long first, long last, long panels, long depth, long most, real *workspace) {
-  const long full = panels * NR;
+  const long full = panels * NR, span = last - first, pitch = (span + NR - 1) / NR * NR;
   real *s = workspace, *merged = s + depth * full * T1, *sums = merged + GROUP * depth * full,
-       *room = sums + most * N * full, shift[full];
-  for (long j = first; j < last; j += full) {
-    const long width = least(full, last - j), here = (width + NR - 1) / NR, pitch = here * NR;
-    for (long b0 = 0; b0 < B; b0 += most) {
-      const long samples = least(most, B - b0);
-      memset(sums, 0, samples * N * pitch * sizeof(real));
-      for (long k = 0; k < K; k += depth) {
+       *room = sums + most * N * pitch, shift[span];
+  for (long b0 = 0; b0 < B; b0 += most) {
+    const long samples = least(most, B - b0);
+    memset(sums, 0, samples * N * pitch * sizeof(real));
+    for (long k = 0; k < K; k += depth)
+      for (long j = first; j < last; j += full) {
         const long rows = least(depth, K - k), height = (rows + NR - 1) / NR * NR;
+        const long width = least(full, last - j), here = (width + NR - 1) / NR;
         if (lies)
           gather_tile(s, stack, stack_kind, T1, J * K, J, k * J + j, rows, width, 1);
         else
@@ -282,22 +283,21 @@ void merged_product(const void *x, long xb, long xn, int x_kind, const void *sta
               const real *a = rows_of(x, g * xb + n * xn + k, &row, tokens, rows, room, x_kind);
               for (long p = 0; p < here; p++)
                 product(tokens, rows, a, row, 1, merged + ((g - b) * here + p) * height * NR, NR,
-                        sums + ((g - b0) * N + n) * pitch + p * NR, pitch);
+                        sums + ((g - b0) * N + n) * pitch + j - first + p * NR, pitch);
             }
         }
       }
-      for (long b = 0; b < samples; b++) {
-        if (bias) {
-          memset(shift, 0, width * sizeof(real));
-          for (long t = 0; t < T1; t++)
-            for (long c = 0; c < width; c++) shift[c] += w[(b0 + b) * T1 + t] * bias[t * J + j + c];
-        }
-        for (long n = 0; n < N; n++) {
-          real *sum = sums + (b * N + n) * pitch;
-          if (bias)
-            for (long c = 0; c < width; c++) sum[c] += shift[c];
-          narrow(y, (b0 + b) * yb + n * yn + j, sum, width, x_kind);
-        }
+    for (long b = b0; b < b0 + samples; b++) {
+      if (bias) {
+        memset(shift, 0, span * sizeof(real));
+        for (long t = 0; t < T1; t++)
+          for (long c = 0; c < span; c++) shift[c] += w[b * T1 + t] * bias[t * J + first + c];
+      }
+      for (long n = 0; n < N; n++) {
+        real *sum = sums + ((b - b0) * N + n) * pitch;
+        if (bias)
+          for (long c = 0; c < span; c++) sum[c] += shift[c];
+        narrow(y, b * yb + n * yn + first, sum, span, x_kind);
       }
     }
   }

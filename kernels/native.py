@@ -27,7 +27,7 @@ KINDS = {torch.bfloat16: 1, torch.float16: 2}
 """Numbers of what native.c calls a kind; 0 is the dtype it computes with."""
 TILE_BYTES = 512 << 10
 """What the tile of the stack and the weights merged from it may take: about the size of an L2 cache."""
-SUMS_BYTES = 2 << 20
+SUMS_BYTES = 4 << 20
 """What the sums of the samples under way may take."""
 DEEPEST = 256
 
@@ -96,20 +96,24 @@ def merged_product(
     experts, J = stack.shape[0], y.shape[2]
     panels, depth = found.tile(experts, lies)
     width = panels * found.columns
-    step = max(1, SUMS_BYTES // (width * coefficient.element_size()))
+    sums = SUMS_BYTES // coefficient.element_size()
+    step = max(1, sums // width)
     for first in range(0, N, step):
         tokens = min(step, N - first)
-        most = max(1, min(B, step // tokens))
+        across = min(span.stop - span.start, max(width, sums // (B * tokens) // width * width))
+        most = max(1, min(B, sums // (tokens * across)))
+        pitch = -(-across // found.columns) * found.columns
         workspace = coefficient.new_empty(
-            depth * width * (experts + found.group) + most * tokens * width + found.tokens * depth
+            depth * width * (experts + found.group) + most * tokens * pitch + found.tokens * depth
         )
-        found.functions.merged_product(
-            _at(x, first), _long(x.stride(0)), _long(x.stride(1)), _kind(x, found),
-            _at(stack), _kind(stack, found), _long(experts), _long(J), _long(K), int(lies),
-            _at(coefficient), _at(bias), _at(y, first), _long(y.stride(0)), _long(y.stride(1)),
-            _long(B), _long(tokens), _long(span.start), _long(span.stop),
-            _long(panels), _long(depth), _long(most), _at(workspace),
-        )  # fmt: skip
+        for start in range(span.start, span.stop, across):
+            found.functions.merged_product(
+                _at(x, first), _long(x.stride(0)), _long(x.stride(1)), _kind(x, found),
+                _at(stack), _kind(stack, found), _long(experts), _long(J), _long(K), int(lies),
+                _at(coefficient), _at(bias), _at(y, first), _long(y.stride(0)), _long(y.stride(1)),
+                _long(B), _long(tokens), _long(start), _long(min(start + across, span.stop)),
+                _long(panels), _long(depth), _long(most), _at(workspace),
+            )  # fmt: skip
 
 
 def merged_product_dw(dy: Tensor, x: Tensor, stack: Tensor, real: torch.dtype, span: slice) -> Tensor:

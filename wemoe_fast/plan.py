@@ -31,10 +31,8 @@ from .workers import worker_count
 STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "factored")
 
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
-NATIVE_COSTS = 1.05, 1.5, 10.0
+NATIVE_COSTS = 1.05, 1.1, 8.0
 """The same for ``native``."""
-NATIVE_SHARED = 512
-"""Up to so many tokens with one weight in common ``native`` merges it."""
 NATIVE_ROWS = 64
 """The CPU kernels are given multiples of so many rows."""
 GROUP = 8
@@ -122,9 +120,6 @@ def choose(
     if strategy != "auto":
         plan = _sized(strategy, "asked for", x, stack, B, N, backward)
         return replace(plan, one_sample=one_sample) if strategy == "native" else plan
-    if one_sample and no_native is None and B * N <= NATIVE_SHARED and _worthwhile(x):
-        reason = f"one merged weight for {B * N} tokens, merged in cache"
-        return replace(_sized("native", reason, x, stack, B, N, backward), one_sample=True)
     if one_sample:
         return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
     if x.device.type == "cuda" and obstacle is None:
