@@ -1,0 +1,71 @@
+"""Digests of models, tasks and data: equal if and only if every byte that can move a result is equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BLOCK = 1 << 26  # elements hashed at once: what a large tensor on a GPU or of a stride takes in host memory
+
+
+class Digest:
+    """SHA-256 of a sequence of values, each with its kind and size, so that no two sequences run together."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def text(self, text: str) -> Digest:
+        content = text.encode("utf-8", "surrogatepass")
+        self._hash.update(b"text %d\n" % len(content))
+        self._hash.update(content)
+        return self
+
+    def plain(self, value: Any) -> Digest:
+        """Plain JSON types; others by their text."""
+        return self.text(json.dumps(value, sort_keys=True, default=str))
+
+    def data(self, content: bytes) -> Digest:
+        self._hash.update(b"data %d\n" % len(content))
+        self._hash.update(content)
+        return self
+
+    def array(self, array: np.ndarray) -> Digest:
+        self._hash.update(f"array {array.dtype.str} {array.shape}\n".encode())
+        self._hash.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+        return self
+
+    def tensor(self, tensor: Tensor) -> Digest:
+        self._hash.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for block in tensor.detach().reshape(-1).split(BLOCK):
+            self._hash.update(block.cpu().contiguous().view(torch.uint8).numpy())
+        return self
+
+    def tensors(self, tensors: dict[str, Tensor]) -> Digest:
+        for name in sorted(tensors):
+            self.text(name).tensor(tensors[name])
+        return self
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of every parameter and buffer (name, dtype, bytes), the modules' own descriptions and the configuration."""
+    digest = Digest().text(f"{type(model).__module__}.{type(model).__qualname__}").text(repr(model))
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        # where a model was read from, and by which version, is no part of it
+        digest.plain({k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")})
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return digest.tensors(dict(named)).hex()
+
+
+def batch_digest(inputs: dict[str, Tensor], labels: Tensor | None) -> str:
+    """Of one batch as a data set gave it."""
+    digest = Digest().tensors(inputs)
+    return (digest if labels is None else digest.tensor(labels)).hex()
