@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-BLOCK = 1 << 26  # elements hashed at once: what a large tensor on a GPU or of a stride takes in host memory
+from . import __version__
+
+BLOCK = 1 << 22  # elements copied at once, where memory is not ready to be hashed as it lies
 
 
 class Digest:
@@ -35,8 +38,10 @@ class Digest:
         return self
 
     def array(self, array: np.ndarray) -> Digest:
+        """Of one dimension."""
         self._hash.update(f"array {array.dtype.str} {array.shape}\n".encode())
-        self._hash.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+        for start in range(0, len(array), BLOCK):
+            self._hash.update(array[start : start + BLOCK].tobytes())
         return self
 
     def tensor(self, tensor: Tensor) -> Digest:
@@ -69,3 +74,18 @@ def batch_digest(inputs: dict[str, Tensor], labels: Tensor | None) -> str:
     """Of one batch as a data set gave it."""
     digest = Digest().tensors(inputs)
     return (digest if labels is None else digest.tensor(labels)).hex()
+
+
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a result hang on besides model and data: versions, and what computes."""
+    cpu = device.type == "cpu"
+    transformers = sys.modules.get("transformers")
+    return {
+        "wemoe_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": getattr(transformers, "__version__", None),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability() if cpu else None,
+        "threads": torch.get_num_threads() if cpu else None,
+        "matmul": torch.get_float32_matmul_precision(),
+    }

@@ -1,0 +1,34 @@
+"""What the routers of several models did: one JSON file, and a heat map for each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .report import routing_heatmap, write_json
+
+Routing = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def write_routing(routing: Mapping[str, Routing], experts: Mapping[str, Sequence[str]], out: Path) -> dict[str, Path]:
+    """Write routing.json and a PNG for each model.
+
+    Args:
+        routing: mean routing weights [T] by model, task and layer.
+        experts: the T names by model.
+        out: the directory.
+
+    Returns:
+        the files: ``routing`` and ``routing <model>``; none for no routing.
+    """
+    if not routing:
+        return {}
+    files = {"routing": out / "routing.json"}
+    content = {name: {"experts": list(experts[name]), "tasks": tasks} for name, tasks in routing.items()}
+    write_json(files["routing"], content)
+    for name, tasks in routing.items():
+        path = out / f"routing-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.png"
+        routing_heatmap(tasks, experts[name], path, title=f"Mean routing weight: {name}")
+        files[f"routing {name}"] = path
+    return files
