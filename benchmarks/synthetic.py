@@ -35,7 +35,8 @@ class Ragged:
         mask = torch.zeros(len(indices), longest, dtype=torch.long)
         for row, i in enumerate(indices):
             length = self.lengths[i]
-            states[row, :length] = torch.randn(length, {features}, generator=torch.Generator().manual_seed(i))
+            noise = torch.randn(length + 1, {features}, generator=torch.Generator().manual_seed(i))
+            states[row, :length] = noise[1:] + 2 * noise[0]
             mask[row, :length] = 1
         return {{"hidden_states": states, "token_mask": mask}}, torch.tensor(indices) % 3
 
@@ -55,11 +56,11 @@ def write_project(directory: Path, samples: int = 480, batch_size: int = 8) -> N
     layer = FastWEMoEMLP.from_mlps(base, dict(zip(EXPERTS, experts, strict=True)), router_depth=2)
     with torch.no_grad():
         for parameter in layer.router.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     save(layer, directory / "model")
     head = directory / "head.safetensors"
     Head(torch.randn(len(CLASSES), FEATURES), None, CLASSES).save(head)
-    states = torch.randn(samples, 5, FEATURES)
+    states = torch.randn(samples, 5, FEATURES) + 2 * torch.randn(samples, 1, FEATURES)
     save_file({"hidden_states": states, "labels": torch.arange(samples) % 3}, directory / "still.safetensors")
     (directory / "ragged_samples.py").write_text(RAGGED.format(features=FEATURES, head=head, n=samples))
     (directory / "tasks.yaml").write_text(
