@@ -63,7 +63,11 @@ def test_exceptions_may_be_items() -> None:
 
 
 def test_leaving_early_by_an_error_ends_the_thread() -> None:
-    with pytest.raises(RuntimeError, match="mine"), Prefetched(iter(range(1000))) as items:
-        next(items)
-        raise RuntimeError("mine")
+    def leave() -> None:
+        with Prefetched(iter(range(1000))) as items:
+            next(items)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        leave()
     assert threads() == 0

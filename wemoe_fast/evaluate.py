@@ -172,6 +172,7 @@ class _TaskRun:
     def _log(self, records: Path, model: str) -> RecordLog:
         head = self._task.head
         task = Digest().plain([head.classes, head.scale, head.normalize, head.pooling, self._fingerprint])
+        task.plain(self._task.name if self._fingerprint is None else None)  # tasks that nothing else tells apart
         task.plain(len(self._task.data)).tensor(head.weight)
         if head.bias is not None:
             task.tensor(head.bias)
