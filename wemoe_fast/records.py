@@ -2,19 +2,22 @@
 
     records/<model>-<task>/process-00000.jsonl      one file for each process
 
-A line is ``<checksum> <JSON>`` and holds one batch. The checksum covers the key as well, so that a line counts only
-where it was written: for the same model, task and settings. A last line that was cut off is nothing; a line that was
-damaged is left out with a warning, and what it held is computed again.
+A line is ``<checksum> <JSON>`` and holds one batch. It is handed to the system at once, so that it outlives the
+process, and brought to the disk by a thread while the next batch is computed, so that it outlives a power cut. The
+checksum covers the key as well, so that a line counts only where it was written: for the same model, task and
+settings. A last line that was cut off is nothing; a line that was damaged is left out with a warning, and what it
+held is computed again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +53,7 @@ class RecordLog:
         self._seed = zlib.crc32(key.encode())
         self._path = self._directory / f"process-{process:05d}.jsonl"
         self._descriptor: int | None = None
+        self._disk: _Disk | None = None
 
     def __enter__(self) -> RecordLog:
         return self
@@ -57,9 +61,14 @@ class RecordLog:
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._descriptor is not None and self._disk is not None:
+            try:
+                self._disk.close()
+            except OSError as error:
+                raise _unusable(self._path, "written", error) from error
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = self._disk = None
 
     def read(self) -> Iterator[Record]:
         """Every record that is whole, file by file in the order of their names, each in the order of its writing."""
@@ -86,15 +95,16 @@ class RecordLog:
                 )
 
     def append(self, record: Record) -> None:
-        """Write one record; it is on the disk when this returns."""
-        content = json.dumps(asdict(record), separators=(",", ":")).encode()
+        """Write one record; what is written is on the disk when the context is left, and mostly much sooner."""
+        content = json.dumps(vars(record), separators=(",", ":")).encode()
         line = b"%08x %b\n" % (zlib.crc32(content, self._seed), content)
         try:
-            if self._descriptor is None:
+            if self._descriptor is None or self._disk is None:
                 self._descriptor = self._open()
+                self._disk = _Disk(self._descriptor)
             while line:
                 line = line[os.write(self._descriptor, line) :]
-            os.fsync(self._descriptor)
+            self._disk.written()
         except OSError as error:
             raise _unusable(self._path, "written", error) from error
 
@@ -122,6 +132,43 @@ class RecordLog:
             return _checked(json.loads(content))
         except (ValueError, RecursionError):
             return None
+
+
+class _Disk:
+    """A thread that brings what was written to the disk; several writes at once where the disk is slower."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._news, self._closing = threading.Event(), False
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._work, name="wemoe-fast-records", daemon=True)
+        self._thread.start()
+
+    def written(self) -> None:
+        """There is something to bring. Raises what the thread has met so far."""
+        self._news.set()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Return when everything is on the disk."""
+        self._closing = True
+        self._news.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            self._news.wait()
+            self._news.clear()
+            last = self._closing
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self._error = error
+                return
 
 
 def _checked(content: Any) -> Record | None:
