@@ -7,6 +7,7 @@ outputs, so a sample that changes its company changes its result.
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ def task():
 
 
 def write_project(directory: Path, samples: int = 480, batch_size: int = 8) -> None:
-    """Write ``model/`` and ``tasks.yaml`` with two tasks of `samples` samples each. Takes torch's global seed."""
+    """Write ``model/`` and ``tasks.yaml`` with two tasks of `samples` samples each. Takes torch's global seed.
+
+    The module of the second task has a name that no other project's has, so that one process may load several.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     base, *experts = (
@@ -62,9 +66,10 @@ def write_project(directory: Path, samples: int = 480, batch_size: int = 8) -> N
     Head(torch.randn(len(CLASSES), FEATURES), None, CLASSES).save(head)
     states = torch.randn(samples, 5, FEATURES) + 2 * torch.randn(samples, 1, FEATURES)
     save_file({"hidden_states": states, "labels": torch.arange(samples) % 3}, directory / "still.safetensors")
-    (directory / "ragged_samples.py").write_text(RAGGED.format(features=FEATURES, head=head, n=samples))
+    module = f"ragged_{zlib.crc32(str(directory).encode()):08x}"
+    (directory / f"{module}.py").write_text(RAGGED.format(features=FEATURES, head=head, n=samples))
     (directory / "tasks.yaml").write_text(
         "tasks:\n"
         f"  - {{name: still, head: head.safetensors, data: still.safetensors, batch_size: {batch_size}}}\n"
-        f"  - {{name: ragged, entry: 'ragged_samples:task', batch_size: {batch_size}}}\n"
+        f"  - {{name: ragged, entry: '{module}:task', batch_size: {batch_size}}}\n"
     )

@@ -308,7 +308,7 @@ def flip(tensor: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["model", "flag", "dtype", "data", "labels", "head", "scale", "size", "tokens", "alone"]
+    "change", ["model", "flag", "dtype", "data", "labels", "head", "bias", "scale", "size", "tokens", "alone"]
 )
 @pytest.mark.parametrize("kind", [Sorted, Known])
 def test_nothing_stale_is_used(merged: nn.Module, tmp_path: Path, change: str, kind: type[Padded]) -> None:
@@ -320,6 +320,7 @@ def test_nothing_stale_is_used(merged: nn.Module, tmp_path: Path, change: str, k
         return evaluate(merged, [task], records=records, progress=False, **options)
 
     changed, values, labels, classifier = False, samples(), list(LABELS), head()
+    classifier.bias = torch.zeros(3) if change == "bias" else None
     run(tmp_path)
     changed = True
     if change == "model":
@@ -334,6 +335,8 @@ def test_nothing_stale_is_used(merged: nn.Module, tmp_path: Path, change: str, k
         labels[0] = 1
     elif change == "head":
         flip(classifier.weight)
+    elif change == "bias":
+        classifier.bias = torch.tensor([0.0, 0.5, 0.0])
     elif change == "scale":
         classifier.scale, classifier.normalize = 2.0, True
     found = run(tmp_path)
@@ -350,14 +353,28 @@ def test_two_rows_of_one_model_share_records(merged: nn.Module, tmp_path: Path) 
     assert evaluate(copy.deepcopy(merged), [task], records=tmp_path, progress=False).computed == {"t": 0}
 
 
+class Neighbourly(nn.Module):
+    """What a sample gets depends on its company, and on its padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.model(x, attention_mask) + x.sum((0, 1)) * x.shape[1]
+
+
 def test_batch_invariant_results_hang_on_no_batch(merged: nn.Module) -> None:
-    found = set()
-    for kind, size, tokens in ((Padded, 1, None), (Padded, 5, None), (Sorted, 4, None), (Sorted, 4, 17)):
-        task = Task("t", head(), kind(samples(), LABELS), batch_size=size)
-        result = evaluate(merged, [task], batch_tokens=tokens, batch_invariant=True, progress=False)
-        del result.routing["t"]  # sums of rounded sums of batches
-        found.add(content(result))
-    assert len(found) == 1
+    def run(batch_invariant: bool) -> set[str]:
+        found = set()
+        for kind, size, tokens in ((Padded, 1, None), (Padded, 5, None), (Sorted, 4, None), (Sorted, 4, 17)):
+            task = Task("t", head(), kind(samples(), LABELS), batch_size=size)
+            options: dict[str, Any] = {"batch_tokens": tokens, "batch_invariant": batch_invariant}
+            found.add(content(evaluate(Neighbourly(merged), [task], progress=False, **options)))
+        return found
+
+    assert len(run(True)) == 1
+    assert len(run(False)) > 1
 
 
 def test_progress_counts_what_was_recorded(

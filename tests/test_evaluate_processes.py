@@ -26,7 +26,7 @@ if "forkserver" not in multiprocessing.get_all_start_methods():
 COMPARED = ("metrics.json", "predictions.jsonl", "routing.json", "table.md")
 STALLING = """
 import os, time
-from ragged_samples import task as whole
+from {module} import task as whole
 
 def task():
     made = whole()
@@ -37,7 +37,7 @@ def task():
             time.sleep(600)
         return batch(indices)
 
-    made.data.batch, made.stalled = stalling, {65, 66}
+    made.data.batch, made.stalled = stalling, {{65, 66}}
     return made
 """
 
@@ -129,12 +129,21 @@ def test_two_processes_write_what_one_writes(project: Path, expected: dict[str, 
     files = sorted(path.name for path in tmp_path.glob("out/records/*/*"))
     assert files == ["process-00000.jsonl"] * 2 + ["process-00001.jsonl"] * 2
 
+    half = max(tmp_path.glob("out/records/*/process-00001.jsonl"))
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    (tmp_path / "out" / "metrics.json").unlink()
+    (status, _, error), _ = Run(project, tmp_path / "out", 2).finish()
+    assert status == 0, error
+    assert contents(tmp_path / "out") == expected
+    assert 0 < computed(tmp_path / "out") < 45, "what both find recorded is counted once and not computed again"
+
 
 def test_a_lost_process_ends_the_run_and_one_alone_completes_it(
     project: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    (project / "stalling_samples.py").write_text(STALLING)
-    tasks = (project / "tasks.yaml").read_text().replace("ragged_samples:task", "stalling_samples:task")
+    (ragged,) = project.glob("ragged_*.py")
+    (project / "stalling_samples.py").write_text(STALLING.format(module=ragged.stem))
+    tasks = (project / "tasks.yaml").read_text().replace(ragged.stem, "stalling_samples")
     (project / "stalling.yaml").write_text(tasks)
     out = tmp_path / "out"
     run = Run(project, out, 2, "stalling.yaml", STALLED_RANK="1")
