@@ -347,12 +347,6 @@ def test_nothing_stale_is_used(merged: nn.Module, tmp_path: Path, change: str, k
         assert found.computed["t"] == 11
 
 
-def test_two_rows_of_one_model_share_records(merged: nn.Module, tmp_path: Path) -> None:
-    task = Task("t", head(), Known(samples(), LABELS))
-    evaluate(merged, [task], records=tmp_path, progress=False)
-    assert evaluate(copy.deepcopy(merged), [task], records=tmp_path, progress=False).computed == {"t": 0}
-
-
 class Neighbourly(nn.Module):
     """What a sample gets depends on its company, and on its padding."""
 
@@ -362,6 +356,32 @@ class Neighbourly(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.model(x, attention_mask) + x.sum((0, 1)) * x.shape[1]
+
+
+class Scarce(Neighbourly):
+    """Has memory for two samples."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, attention_mask)
+
+
+@pytest.mark.parametrize("calls", [1, 3, 8])
+def test_halved_batches_are_resumed_to_the_same_bits(merged: nn.Module, tmp_path: Path, calls: int) -> None:
+    task = Task("t", head(), Sorted(samples(), LABELS), batch_size=5)
+    expected = evaluate(Counting(Scarce(merged)), [task], progress=False)
+    assert expected.n == {"t": 11}
+    with pytest.raises(StoppedError):
+        evaluate(Counting(Scarce(merged), calls), [task], records=tmp_path, progress=False)
+    found = evaluate(Counting(Scarce(merged)), [task], records=tmp_path, progress=False)
+    assert content(found) == content(expected)
+
+
+def test_two_rows_of_one_model_share_records(merged: nn.Module, tmp_path: Path) -> None:
+    task = Task("t", head(), Known(samples(), LABELS))
+    evaluate(merged, [task], records=tmp_path, progress=False)
+    assert evaluate(copy.deepcopy(merged), [task], records=tmp_path, progress=False).computed == {"t": 0}
 
 
 def test_batch_invariant_results_hang_on_no_batch(merged: nn.Module) -> None:
