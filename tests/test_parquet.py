@@ -126,7 +126,7 @@ def test_damaged_files_each_give_one_error(tmp_path: Path) -> None:
     path = written(tmp_path / "d.parquet", text=["ab", "c", "d"] * 30, label=[0, 1, 0] * 30)
     whole = path.read_bytes()
     cuts = [whole[:size] for size in (0, 3, 4, 12, len(whole) // 2, len(whole) - 1)]
-    flips = [whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
+    flips = [whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :] for at in range(0, len(whole), 31)]
     refused: list[str] = []
     for content in cuts + flips:
         path.write_bytes(content)

@@ -86,6 +86,14 @@ def test_a_line_cut_off_at_the_end_is_nothing_and_makes_room(tmp_path: Path) -> 
     assert read(tmp_path) == [RECORD]
 
 
+def test_two_runs_at_once_do_not_harm_each_other(tmp_path: Path) -> None:
+    with RecordLog(tmp_path, "key") as one, RecordLog(tmp_path, "key") as other:
+        for first, second in zip(numbered(3), numbered(3), strict=True):
+            one.append(first)
+            other.append(second)
+    assert read(tmp_path) == [record for record in numbered(3) for _ in range(2)]
+
+
 def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path) -> None:
     path = written(tmp_path, *numbered(3))
     lines = path.read_bytes().splitlines(keepends=True)

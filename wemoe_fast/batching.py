@@ -28,16 +28,14 @@ class Batches:
 
         A batch holds as many samples as `batch_tokens` has room for when all are padded to its longest (one at
         least). By default that is room for `batch_size` samples of the greatest length. Without ``samples.lengths``
-        samples stay in their order, `batch_size` to a batch.
+        (images) there is no budget: samples stay in their order, `batch_size` to a batch.
 
         Raises:
-            InputError: lengths that are not one per sample and at least 1; a budget for samples without lengths.
+            InputError: lengths that are not one per sample and at least 1.
         """
         n = len(samples)
         found = getattr(samples, "lengths", None)
         if found is None:
-            if batch_tokens is not None:
-                raise InputError("a budget of tokens needs data with lengths; give this task a batch_size instead")
             return cls(np.arange(n), np.append(np.arange(0, n, batch_size), n))
         lengths = np.asarray(found)
         if lengths.shape != (n,) or lengths.dtype.kind not in "iu" or (n and lengths.min() < 1):

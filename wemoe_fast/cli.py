@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-tokens",
         type=_positive,
         metavar="N",
-        help="tokens in a batch, padding included (default: batch_size times the longest sample)",
+        help="tokens in a batch, padding included, where samples have lengths (default: batch_size times the longest)",
     )
     verb.add_argument(
         "--batch-invariant", action="store_true", help="run every sample by itself: bits that hang on no batch; slow"

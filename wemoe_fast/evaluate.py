@@ -139,6 +139,7 @@ class _TaskRun:
         world: World,
         progress: bool,
     ) -> None:
+        self._start = time.perf_counter()
         self._model, self._task, self._world, self._progress = model, task, world, progress
         self._settings = [task.batch_size, batch_tokens, batch_invariant]
         self._alone = batch_invariant
@@ -157,8 +158,7 @@ class _TaskRun:
         self._digests: dict[int, str] = {}
 
     def evaluate(self, records: Path | None, model: str) -> Evaluation:
-        start = time.perf_counter()
-        computed = 0
+        """The results; `model` is its digest, where there are records."""
         if records is None:
             computed = self._compute(self._world.share(range(len(self._batches))), None)
         else:
@@ -167,7 +167,7 @@ class _TaskRun:
                     if self._fits(record):
                         self._take(record)
                 computed = self._compute(self._missing(), log)
-        return self._result(self._sum(computed), time.perf_counter() - start)
+        return self._result(self._sum(computed), time.perf_counter() - self._start)
 
     def _log(self, records: Path, model: str) -> RecordLog:
         head = self._task.head
@@ -246,7 +246,7 @@ class _TaskRun:
                 for piece in [[index] for index in samples] if self._alone else [samples]:
                     inputs, labels = self._task.data.batch(piece)
                     if self._device.type == "cuda":
-                        inputs = {name: value.pin_memory() for name, value in inputs.items()}
+                        inputs = {name: v.pin_memory() if v.device.type == "cpu" else v for name, v in inputs.items()}
                     read.append((inputs, _checked(self._task, labels, piece)))
                 yield number, read
 

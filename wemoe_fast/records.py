@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,7 +53,7 @@ class RecordLog:
         self._directory = Path(directory)
         self._seed = zlib.crc32(key.encode())
         self._path = self._directory / f"process-{process:05d}.jsonl"
-        self._descriptor: int | None = None
+        self._file: FileIO | None = None
         self._disk: _Disk | None = None
 
     def __enter__(self) -> RecordLog:
@@ -61,14 +62,14 @@ class RecordLog:
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if self._descriptor is not None and self._disk is not None:
+        if self._file is not None and self._disk is not None:
             try:
                 self._disk.close()
             except OSError as error:
                 raise _unusable(self._path, "written", error) from error
             finally:
-                os.close(self._descriptor)
-                self._descriptor = self._disk = None
+                self._file.close()
+                self._file = self._disk = None
 
     def read(self) -> Iterator[Record]:
         """Every record that is whole, file by file in the order of their names, each in the order of its writing."""
@@ -99,30 +100,32 @@ class RecordLog:
         content = json.dumps(vars(record), separators=(",", ":")).encode()
         line = b"%08x %b\n" % (zlib.crc32(content, self._seed), content)
         try:
-            if self._descriptor is None or self._disk is None:
-                self._descriptor = self._open()
-                self._disk = _Disk(self._descriptor)
+            if self._file is None or self._disk is None:
+                self._file = self._open()
+                self._disk = _Disk(self._file.fileno())
             while line:
-                line = line[os.write(self._descriptor, line) :]
+                line = line[self._file.write(line) :]
             self._disk.written()
         except OSError as error:
             raise _unusable(self._path, "written", error) from error
 
-    def _open(self) -> int:
-        """Append to this process's file, without the last line where that was cut off."""
+    def _open(self) -> FileIO:
+        """Append to this process's file, without the last line where that was cut off.
+
+        Every write goes to the end, whoever else writes: two runs by mistake at once record some batches twice.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        end = os.lseek(descriptor, 0, os.SEEK_END)
+        file = FileIO(self._path, "ab+")
+        end = file.seek(0, os.SEEK_END)
         while end > 0:
-            start = max(0, end - (1 << 16))
-            newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+            start = file.seek(max(0, end - (1 << 16)))
+            newline = file.read(end - start).rfind(b"\n")
             if newline >= 0:
                 end = start + newline + 1
                 break
             end = start
-        os.ftruncate(descriptor, end)
-        os.lseek(descriptor, end, os.SEEK_SET)
-        return descriptor
+        file.truncate(end)
+        return file
 
     def _parsed(self, line: bytes) -> Record | None:
         checksum, _, content = line.partition(b" ")
