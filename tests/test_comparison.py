@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def test_metrics_come_last(results: Any, tmp_path: Path, monkeypatch: pytest.Mon
         write_comparison(rows, experts, out, overwrite=True)
     assert not (out / "metrics.json").exists(), "old metrics beside new predictions"
     assert (out / "predictions.jsonl").exists()
+
+
+def test_without_matplotlib_everything_but_the_pictures(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, experts = results
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.warns(RuntimeWarning, match=r'no heat maps without matplotlib: pip install "wemoe-fast\[plot\]"'):
+        files = write_comparison(rows, experts, tmp_path / "out")
+    assert set(files) == {"metrics", "predictions", "table", "timing", "routing"}
+    assert all(path.is_file() for path in files.values())
 
 
 def test_where_an_evaluation_may_go_on(tmp_path: Path) -> None:

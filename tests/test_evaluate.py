@@ -180,6 +180,16 @@ def test_tasks_without_labels_are_all_named_before_any_work(model: Model) -> Non
     assert labelled.asked == [[0]]
 
 
+def test_outputs_that_are_no_numbers_are_not_counted_as_predictions(model: Model, tmp_path: Path) -> None:
+    values = samples()
+    values[6] = values[6] * torch.nan
+    task = Task("t", head(), Padded(values, [0] * 11), batch_size=4)
+    with pytest.raises(InputError, match="task 't': the model's output for sample 6 is not a number"):
+        evaluate(model, [task], records=tmp_path, progress=False)
+    (path,) = tmp_path.glob("*/*.jsonl")
+    assert len(path.read_bytes().splitlines()) == 1, "the batch before it"
+
+
 class LosesLabels(Padded):
     def batch(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
         inputs, labels = super().batch(indices)

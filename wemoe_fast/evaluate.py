@@ -26,7 +26,7 @@ from .batching import Batches
 from .distributed import World
 from .errors import InputError
 from .fingerprint import Digest, batch_digest, model_digest, numerics
-from .forward import Forward
+from .forward import NOT_A_NUMBER, Forward
 from .prefetch import Prefetched
 from .records import Record, RecordLog
 from .routing import record_routing
@@ -112,7 +112,7 @@ def evaluate(
         progress: a bar on stderr.
 
     Raises:
-        InputError: a task has no labels, no samples, or labels outside its head's classes.
+        InputError: a task has no labels, no samples, or labels outside its head's classes; outputs that are no numbers.
         WEMoEError: a single sample does not fit into memory; another process ended.
         CheckpointError: records cannot be read or written.
     """
@@ -283,6 +283,12 @@ class _TaskRun:
             routing=routing,
             data=_digest(read) if log is not None and self._fingerprint is None else None,
         )
+        if NOT_A_NUMBER in record.predictions:
+            sample = record.samples[record.predictions.index(NOT_A_NUMBER)]
+            raise InputError(
+                f"task {self._task.name!r}: the model's output for sample {sample} is not a number; look for values"
+                " that are not finite in its weights or the data, or run it in another dtype (--dtype)"
+            )
         if log is not None:
             log.append(record)
         self._take(record)

@@ -14,6 +14,7 @@ from .tasks import Task
 from .upscale import wemoe_layers
 
 Inputs = Mapping[str, Tensor]
+NOT_A_NUMBER = -1  # in the place of a class
 
 
 class Forward:
@@ -32,7 +33,9 @@ class Forward:
         self._failed: list[tuple[int, int]] = []  # samples and elements of one, of batches that did not fit
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Class indices [B], and by layer the summed routing weights and rows [T + 1], float64; on the device.
+        """Class indices [B] or `NOT_A_NUMBER`, and by layer the summed routing weights and rows [T + 1] in float64.
+
+        Both are on the device.
 
         Raises:
             WEMoEError: one sample alone does not fit into memory, or a batch that cannot be divided.
@@ -55,7 +58,8 @@ class Forward:
         """None where memory ran out; nothing of the attempt is left then."""
         self._routing.reset()
         try:
-            return self._task.logits(self._model, self._on_device(inputs)).argmax(-1)
+            logits = self._task.logits(self._model, self._on_device(inputs))
+            return logits.argmax(-1).masked_fill(logits.isnan().any(-1), NOT_A_NUMBER)
         except torch.OutOfMemoryError:
             self._failed.append(_shape(inputs))
         gc.collect(1)  # the attempt's tensors may hang on the error's frames
