@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.synthetic import write_project
 from wemoe_fast import comparison, load
+from wemoe_fast.benchmarks.synthetic import write_project
 from wemoe_fast.comparison import check_resumable, compare, speeds, write_comparison
 from wemoe_fast.errors import CheckpointError
 from wemoe_fast.evaluate import Evaluation

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.synthetic import write_project
+from wemoe_fast.benchmarks.synthetic import write_project
 from wemoe_fast.cli import main
 from wemoe_fast.distributed import World
 from wemoe_fast.errors import InputError

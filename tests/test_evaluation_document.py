@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.synthetic import write_project
 from wemoe_fast import load
+from wemoe_fast.benchmarks.synthetic import write_project
 from wemoe_fast.cli import _parser
 from wemoe_fast.evaluate import evaluate
 from wemoe_fast.tasks import Head, Samples, load_tasks

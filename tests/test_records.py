@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.synthetic import write_project
 from wemoe_fast import load
+from wemoe_fast.benchmarks.synthetic import write_project
 from wemoe_fast.errors import CheckpointError, ConfigError, WEMoEError
 from wemoe_fast.evaluate import evaluate
 from wemoe_fast.records import Record, RecordLog
