@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,15 @@ def test_where_a_model_was_read_from_does_not_count() -> None:
     assert model_digest(one) == model_digest(other)
     other.config = Config(a=2)  # type: ignore[assignment]
     assert model_digest(one) != model_digest(other)
+
+
+def test_the_version_of_the_code_that_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = merged()
+    before = model_digest(model)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="other"))
+    assert model_digest(model) == before, "none of its modules are from there"
+    monkeypatch.setattr("wemoe_fast.__version__", "other")
+    assert model_digest(model) != before
 
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

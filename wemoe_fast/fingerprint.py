@@ -60,8 +60,13 @@ class Digest:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Of every parameter and buffer (name, dtype, bytes), the modules' own descriptions and the configuration."""
+    """Of every parameter and buffer (name, dtype, bytes), the modules' own descriptions and the configuration.
+
+    The versions of the packages the modules come from count too: they are the code that runs.
+    """
     digest = Digest().text(f"{type(model).__module__}.{type(model).__qualname__}").text(repr(model))
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    digest.plain({name: getattr(sys.modules.get(name), "__version__", None) for name in packages})
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         # where a model was read from, and by which version, is no part of it
@@ -79,11 +84,9 @@ def batch_digest(inputs: dict[str, Tensor], labels: Tensor | None) -> str:
 def numerics(device: torch.device) -> dict[str, Any]:
     """What the last bits of a result hang on besides model and data: versions, and what computes."""
     cpu = device.type == "cpu"
-    transformers = sys.modules.get("transformers")
     return {
         "wemoe_fast": __version__,
         "torch": torch.__version__,
-        "transformers": getattr(transformers, "__version__", None),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability() if cpu else None,
         "threads": torch.get_num_threads() if cpu else None,
