@@ -81,7 +81,9 @@ def test_the_verbs_from_end_to_end(project, capsys):
     assert all(name in shown.out for name in rows)
     assert rows["adapted"]["experts"] == ["mood", "colour"]
     assert (results / "routing-adapted.png").read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads((results / "predictions.json").read_text())["merged"]["mood"]) == 6
+    predictions = [json.loads(line) for line in (results / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == len(rows) * 2 * 6
+    assert predictions[0] == {"row": "pretrained", "task": "mood", "index": 0, "label": "good"} | predictions[0]
 
     assert run("inspect", adapted) == 0
     assert "encoder.layer.1.intermediate" in capsys.readouterr().out
@@ -196,7 +198,7 @@ def test_comparison_is_lazy_and_complete(project):
     assert experts == {"x/y": ("mood", "colour"), "z": ("mood", "colour")}
     files = write_comparison(rows, experts, project / "c", settings={"seed": 1})
     assert all(path.is_file() for path in files.values())
-    assert json.loads(files["metrics"].read_text())["environment"] == environment()
+    assert json.loads(files["timing"].read_text())["environment"] == environment()
     with pytest.raises(CheckpointError, match="overwrite"):
         write_comparison(rows, experts, project / "c")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +180,16 @@ def test_tasks_without_labels_are_all_named_before_any_work(model: Model) -> Non
     assert labelled.asked == [[0]]
 
 
+def test_outputs_that_are_no_numbers_are_not_counted_as_predictions(model: Model, tmp_path: Path) -> None:
+    values = samples()
+    values[6] = values[6] * torch.nan
+    task = Task("t", head(), Padded(values, [0] * 11), batch_size=4)
+    with pytest.raises(InputError, match="task 't': the model's output for sample 6 is not a number"):
+        evaluate(model, [task], records=tmp_path, progress=False)
+    (path,) = tmp_path.glob("*/*.jsonl")
+    assert len(path.read_bytes().splitlines()) == 1, "the batch before it"
+
+
 class LosesLabels(Padded):
     def batch(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
         inputs, labels = super().batch(indices)
@@ -232,3 +243,177 @@ def test_to_json_is_plain(merged: nn.Module) -> None:
     assert "predictions" not in content
     assert found.to_json(predictions=True)["predictions"] == found.predictions
     assert isinstance(found, Evaluation)
+
+
+# resumed
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Counting(nn.Module):
+    """Counts the samples it is given, and gives up at a call."""
+
+    def __init__(self, model: nn.Module, calls: int = 10**9) -> None:
+        super().__init__()
+        self.model, self.calls, self.samples = model, calls, 0
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if self.calls == 0:
+            raise StoppedError
+        self.calls -= 1
+        self.samples += len(x)
+        return self.model(x, attention_mask)
+
+
+class Known(Sorted):
+    """With a fingerprint."""
+
+    def fingerprint(self) -> str:
+        return f"{[sample.sum().item() for sample in self.samples]} {self.labels}"
+
+
+LABELS = [i % 3 for i in range(11)]
+
+
+def content(found: Evaluation) -> str:
+    return json.dumps(found.to_json(predictions=True))
+
+
+@pytest.mark.parametrize("kind", [Padded, Sorted, Known])
+@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+def test_an_interrupted_run_goes_on_where_it_was(
+    merged: nn.Module, tmp_path: Path, kind: type[Padded], calls: int
+) -> None:
+    tasks = [Task(name, head(), kind(samples(seed=seed), LABELS), batch_size=4) for seed, name in enumerate("ab")]
+    expected = evaluate(Counting(merged), tasks, progress=False)
+    with pytest.raises(StoppedError):
+        evaluate(Counting(merged, calls), tasks, records=tmp_path, progress=False)
+    model = Counting(merged)
+    found = evaluate(model, tasks, records=tmp_path, progress=False)
+    assert content(found) == content(expected)
+    assert sum(found.computed.values()) == model.samples
+    assert model.samples == 22 if calls == 0 else 0 < model.samples < 22
+    again = Counting(merged, calls=0)
+    found = evaluate(again, tasks, records=tmp_path, progress=False)
+    assert content(found) == content(expected)
+    assert found.computed == {"a": 0, "b": 0}
+    assert found.samples_per_second == 0
+
+
+def test_a_damaged_record_is_computed_again(merged: nn.Module, tmp_path: Path) -> None:
+    task = Task("t", head(), Known(samples(), LABELS), batch_size=4)
+    expected = evaluate(merged, [task], records=tmp_path, progress=False)
+    (path,) = tmp_path.glob("*/*.jsonl")
+    path.write_bytes(path.read_bytes().replace(b'"predictions":[', b'"predictions":[ ', 1))
+    with pytest.warns(RuntimeWarning, match="1 damaged records"):
+        found = evaluate(merged, [task], records=tmp_path, progress=False)
+    assert content(found) == content(expected)
+    assert 0 < found.computed["t"] < 11
+
+
+def flip(tensor: Tensor) -> None:
+    tensor.detach().view(-1).view(torch.uint8)[0] ^= 1
+
+
+@pytest.mark.parametrize(
+    "change", ["model", "flag", "dtype", "data", "labels", "head", "bias", "scale", "size", "tokens", "alone"]
+)
+@pytest.mark.parametrize("kind", [Sorted, Known])
+def test_nothing_stale_is_used(merged: nn.Module, tmp_path: Path, change: str, kind: type[Padded]) -> None:
+    def run(records: Path | None) -> Evaluation:
+        data = kind(values, labels)
+        task = Task("t", classifier, data, batch_size=5 if change == "size" and changed else 4)
+        options: dict[str, Any] = {"batch_tokens": 12} if change == "tokens" and changed else {}
+        options |= {"batch_invariant": True} if change == "alone" and changed else {}
+        return evaluate(merged, [task], records=records, progress=False, **options)
+
+    changed, values, labels, classifier = False, samples(), list(LABELS), head()
+    classifier.bias = torch.zeros(3) if change == "bias" else None
+    run(tmp_path)
+    changed = True
+    if change == "model":
+        flip(next(iter(merged.parameters())))
+    elif change == "flag":
+        next(iter(wemoe_layers(merged).values())).batch_invariant = True
+    elif change == "dtype":
+        merged.double()
+    elif change == "data":
+        values[-1] = values[-1] + 1.0
+    elif change == "labels":
+        labels[0] = 1
+    elif change == "head":
+        flip(classifier.weight)
+    elif change == "bias":
+        classifier.bias = torch.tensor([0.0, 0.5, 0.0])
+    elif change == "scale":
+        classifier.scale, classifier.normalize = 2.0, True
+    found = run(tmp_path)
+    assert content(found) == content(run(None))
+    if kind is Sorted and change in ("data", "labels"):
+        assert 0 < found.computed["t"] < 11, "only the batch that changed"
+    else:
+        assert found.computed["t"] == 11
+
+
+class Neighbourly(nn.Module):
+    """What a sample gets depends on its company, and on its padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.model(x, attention_mask) + x.sum((0, 1)) * x.shape[1]
+
+
+class Scarce(Neighbourly):
+    """Has memory for two samples."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, attention_mask)
+
+
+@pytest.mark.parametrize("calls", [1, 3, 8])
+def test_halved_batches_are_resumed_to_the_same_bits(merged: nn.Module, tmp_path: Path, calls: int) -> None:
+    task = Task("t", head(), Sorted(samples(), LABELS), batch_size=5)
+    expected = evaluate(Counting(Scarce(merged)), [task], progress=False)
+    assert expected.n == {"t": 11}
+    with pytest.raises(StoppedError):
+        evaluate(Counting(Scarce(merged), calls), [task], records=tmp_path, progress=False)
+    found = evaluate(Counting(Scarce(merged)), [task], records=tmp_path, progress=False)
+    assert content(found) == content(expected)
+
+
+def test_two_rows_of_one_model_share_records(merged: nn.Module, tmp_path: Path) -> None:
+    task = Task("t", head(), Known(samples(), LABELS))
+    evaluate(merged, [task], records=tmp_path, progress=False)
+    assert evaluate(copy.deepcopy(merged), [task], records=tmp_path, progress=False).computed == {"t": 0}
+
+
+def test_batch_invariant_results_hang_on_no_batch(merged: nn.Module) -> None:
+    def run(batch_invariant: bool) -> set[str]:
+        found = set()
+        for kind, size, tokens in ((Padded, 1, None), (Padded, 5, None), (Sorted, 4, None), (Sorted, 4, 17)):
+            task = Task("t", head(), kind(samples(), LABELS), batch_size=size)
+            options: dict[str, Any] = {"batch_tokens": tokens, "batch_invariant": batch_invariant}
+            found.add(content(evaluate(Neighbourly(merged), [task], progress=False, **options)))
+        return found
+
+    assert len(run(True)) == 1
+    assert len(run(False)) > 1
+
+
+def test_progress_counts_what_was_recorded(
+    merged: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = Task("t", head(), Padded(samples(), LABELS), batch_size=4)
+    with pytest.raises(StoppedError):
+        evaluate(Counting(merged, 2), [task], records=tmp_path, progress=False)
+    evaluate(Counting(merged), [task], records=tmp_path)
+    shown = capsys.readouterr().err
+    assert "8/11" in shown
+    assert "11/11" in shown

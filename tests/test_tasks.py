@@ -332,6 +332,34 @@ def test_many_texts_cross_the_chunks_of_tokenising(tokenizer: Any) -> None:
         assert samples.batch([i])[0]["input_ids"].tolist() == [tokenizer(texts[i])["input_ids"]]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_the_tokenizers_own(text_model: Path, side: str) -> None:
+    tokenizer = load_tokenizer(text_model)
+    tokenizer.padding_side = side
+    texts = ["good", "good ab c", "a b", "bad"]
+    inputs, _ = TextSamples(texts, None, tokenizer).batch([1, 3, 0])
+    expected = tokenizer([texts[i] for i in (1, 3, 0)], padding="longest", return_tensors="pt")
+    assert set(inputs) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(inputs[name], value), name
+
+
+def test_texts_have_a_fingerprint(tokenizer: Any) -> None:
+    def fingerprint(texts: Sequence[str] = ("good", "a b"), labels: Any = (0, 1), length: int | None = None) -> str:
+        return TextSamples(texts, labels, tokenizer, length).fingerprint()
+
+    others = {
+        fingerprint(["good", "a c"]),
+        fingerprint(["good a", "b"]),
+        fingerprint(labels=[0, 0]),
+        fingerprint(labels=None),
+        fingerprint(length=3),
+    }
+    assert len(others) == 5
+    assert fingerprint() not in others
+    assert fingerprint() == fingerprint(length=8), "where nothing is cut, nothing differs"
+
+
 def test_texts_that_do_not_fit(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="at least one, found none"):
         TextSamples([], None, tokenizer)
@@ -478,6 +506,23 @@ def test_images_by_class_folder(images: Path, image_model: Path) -> None:
     torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-5, rtol=0)
 
 
+def test_images_have_a_fingerprint(images: Path, image_model: Path) -> None:
+    def fingerprint(classes: Sequence[str] | None = CLASSES) -> str:
+        samples = ImageFolderSamples(images, load_image_processor(image_model), classes)
+        return samples.fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == before != fingerprint(None)
+    settings = json.loads((image_model / "preprocessor_config.json").read_text())
+    (image_model / "preprocessor_config.json").write_text(json.dumps(settings | {"image_std": [0.5, 0.5, 0.6]}))
+    assert fingerprint() != before
+    (image_model / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert fingerprint() == before
+    path = images / "bad" / "0.png"
+    path.write_bytes(path.read_bytes() + b"0")
+    assert fingerprint() != before
+
+
 def test_every_image_becomes_rgb(images: Path) -> None:
     from PIL import Image
 
@@ -544,6 +589,19 @@ def test_tensor_samples(tmp_path: Path) -> None:
     assert labels is not None
     assert labels.tolist() == [1, 0]
     assert TensorSamples.read(tmp_path / "d.safetensors", None).batch([0])[1] is None
+
+
+def test_tensors_have_a_fingerprint() -> None:
+    x, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    found = {
+        TensorSamples({"x": x}, labels).fingerprint(),
+        TensorSamples({"x": x}).fingerprint(),
+        TensorSamples({"y": x}, labels).fingerprint(),
+        TensorSamples({"x": x + 1e-30}, labels).fingerprint(),
+        TensorSamples({"x": x}, labels.flip(0)).fingerprint(),
+    }
+    assert len(found) == 5
+    assert TensorSamples({"x": x.clone()}, labels.int()).fingerprint() in found
 
 
 @pytest.mark.parametrize(

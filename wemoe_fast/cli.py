@@ -16,7 +16,7 @@ from . import __version__
 from .adapt import ROUTINGS, SETTINGS
 from .adapt_run import adapt_directory
 from .checkpoint import MAX_SHARD_BYTES, check_output, is_wemoe_directory, load, load_pretrained, outline
-from .comparison import compare, table, write_comparison
+from .comparison import RECORDS, check_resumable, compare, speeds, table, write_comparison
 from .config import load_recipe
 from .convert import convert
 from .distributed import world
@@ -101,11 +101,9 @@ def _adapt(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    check_output(options.out, overwrite=options.overwrite)
     if options.experts and options.recipe is None:
         raise InputError("--experts: their rows come from a recipe; pass --recipe recipe.yaml")
     names = _row_names(options.models)
-    tasks = load_tasks(options.tasks, options.models[0])
 
     def models() -> Iterator[tuple[str, nn.Module]]:
         if options.recipe is not None:
@@ -113,12 +111,32 @@ def _evaluate(options: argparse.Namespace) -> None:
         for name, directory in names.items():
             yield name, load(directory) if is_wemoe_directory(directory) else load_pretrained(directory)
 
-    rows, experts = compare(
-        models(), tasks, device=options.device, dtype=DTYPES.get(options.dtype), progress=not options.quiet
-    )
-    settings = {"models": list(names), "tasks": options.tasks.name, "dtype": options.dtype}
-    files = write_comparison(rows, experts, options.out, settings=settings, overwrite=options.overwrite)
-    _say(table(rows))
+    with world(options.device) as processes:
+        if processes.first:
+            check_resumable(options.out, overwrite=options.overwrite)
+        processes.wait()
+        rows, experts = compare(
+            models(),
+            load_tasks(options.tasks, options.models[0]),
+            device=processes.device,
+            dtype=DTYPES.get(options.dtype),
+            records=options.out / RECORDS,
+            batch_tokens=options.batch_tokens,
+            batch_invariant=options.batch_invariant,
+            world=processes,
+            progress=not options.quiet,
+        )
+        if not processes.first:
+            return
+        settings = {
+            "models": list(names),
+            "tasks": options.tasks.name,
+            "dtype": options.dtype,
+            "batch_tokens": options.batch_tokens,
+            "batch_invariant": options.batch_invariant,
+        }
+        files = write_comparison(rows, experts, options.out, settings=settings, overwrite=options.overwrite)
+    _say(f"{table(rows)}\n\n{speeds(rows)}\n")
     for what, path in files.items():
         _say(f"{what}: {path}")
 
@@ -255,6 +273,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tasks", type=Path, required=True, help="tasks.yaml")
     verb.add_argument("--recipe", type=Path, help="adds rows: pretrained, weight average, task arithmetic")
     verb.add_argument("--experts", action="store_true", help="adds a row for every expert of the recipe")
+    verb.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens in a batch, padding included, where samples have lengths (default: batch_size times the longest)",
+    )
+    verb.add_argument(
+        "--batch-invariant", action="store_true", help="run every sample by itself: bits that hang on no batch; slow"
+    )
     verb.set_defaults(run=_evaluate)
 
     verb = verbs.add_parser("inspect", parents=[common], help="layers, parameters, memory, routers")

@@ -23,6 +23,7 @@ TENSOR_SUFFIXES = (".safetensors",)
 MAX_YAML_BYTES = 1 << 20
 MAX_NODES = 100_000
 MAX_DEPTH = 32
+PARQUET_SUFFIXES = (".parquet",)
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
@@ -48,7 +49,7 @@ class Recipe:
 class TaskConfig:
     """One task: either `entry`, a function that builds it, or a head file and data files.
 
-    `data` is a JSONL file, a safetensors file or a folder of images by class. `batch_size` None stands for
+    `data` is a JSONL, Parquet or safetensors file, or a folder of images by class. `batch_size` None stands for
     the task's own: 32, or what the entry's Task says.
     """
 
@@ -105,11 +106,11 @@ def load_task_configs(path: str | Path) -> list[TaskConfig]:
 
 
 def data_kind(path: Path) -> str | None:
-    """What a path looks like: "text", "tensors", "images", or None for none of them."""
+    """What a path looks like: "text", "parquet", "tensors", "images", or None for none of them."""
     if path.is_dir():
         return "images"
-    suffix = path.suffix.lower()
-    return "text" if suffix in TEXT_SUFFIXES else "tensors" if suffix in TENSOR_SUFFIXES else None
+    kinds = {"text": TEXT_SUFFIXES, "parquet": PARQUET_SUFFIXES, "tensors": TENSOR_SUFFIXES}
+    return next((kind for kind, suffixes in kinds.items() if path.suffix.lower() in suffixes), None)
 
 
 def _experts(given: dict[Any, Any], root: Path, problems: list[str]) -> dict[str, Path]:
@@ -150,8 +151,8 @@ def _task(entry: Any, number: int, root: Path, problems: list[str]) -> TaskConfi
             problems.append(f"{where}: entry builds the whole task; remove {', '.join(extra)} or remove entry")
     elif fields.has("max_length") and config.data is not None:
         kinds = {data_kind(path) for path in (config.data, config.unlabelled) if path is not None}
-        if kinds != {"text"}:
-            problems.append(f"{where}: max_length is for text (.jsonl); remove it")
+        if not kinds <= {"text", "parquet"}:
+            problems.append(f"{where}: max_length is for text (.jsonl, .parquet); remove it")
     return config
 
 
@@ -417,7 +418,7 @@ def _file(root: Path) -> _Check[Path]:
 
 
 def _data(root: Path) -> _Check[Path]:
-    expected = "a .jsonl file, a .safetensors file or a folder of images"
+    expected = "a .jsonl, .parquet or .safetensors file or a folder of images"
 
     def check(value: Any) -> Path:
         path = _path(value, root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,21 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never half of one."""
     path = Path(path)
     try:
-        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be written as JSON: {error}") from error
+    write_lines(path, [text])
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write lines as they come, so that a reader finds the old file or the whole new one."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            for line in lines:
+                file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,8 +61,22 @@ def accuracy_table(
     for name, row in rows.items():
         values = [row.get(task, math.nan) for task in columns]
         lines.append([name, *(_percent(value) for value in (*values, sum(values) / len(values)))])
-    if markdown:
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    if not markdown:
+        return aligned(lines)
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    padded, widths = _padded(lines)
+    rule = ["-" * widths[0], *("-" * (max(width, 2) - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: a heading and rows of cells, the first column to the left, the others to the right."""
+    padded, widths = _padded(lines)
+    rule = ["-" * width for width in widths]
+    return "\n".join("  ".join(line).rstrip() for line in (padded[0], rule, *padded[1:]))
+
+
+def _padded(lines: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[int]]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [
         [
@@ -64,11 +85,7 @@ def accuracy_table(
         ]
         for line in lines
     ]
-    if markdown:
-        rule = ["-" * widths[0], *("-" * (max(width, 2) - 1) + ":" for width in widths[1:])]
-        return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
-    rule = ["-" * width for width in widths]
-    return "\n".join("  ".join(line).rstrip() for line in (padded[0], rule, *padded[1:]))
+    return padded, widths
 
 
 def _percent(value: float) -> str:

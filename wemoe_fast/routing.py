@@ -33,6 +33,10 @@ class RoutingRecord:
         self._sums[layer] = (signed, absolute)
         self._counts[layer] += weights.shape[0]
 
+    def sums(self) -> dict[str, Tensor]:
+        """Sums of routing weights by layer, for the layers that ran: [T + 1], the number of rows at the end."""
+        return {name: torch.cat([s[0], s[0].new_tensor([self._counts[name]])]) for name, s in self._in_order()}
+
     def means(self) -> dict[str, list[float]]:
         """Mean routing weight by layer and expert, for the layers that ran."""
         return {name: (s[0] / self._counts[name]).tolist() for name, s in self._in_order()}

@@ -105,10 +105,7 @@ def _experts_on_their_own_tasks(recipe: Recipe, tasks: list[Task], device: str, 
     own = Evaluation()
     for task in tasks:
         row = evaluate(load_pretrained(recipe.experts[task.name]).to(device), [task], progress=progress)
-        own.accuracy |= row.accuracy
-        own.n |= row.n
-        own.task_seconds |= row.task_seconds
-        own.predictions |= row.predictions
+        own.add(row)
     return own
 
 
