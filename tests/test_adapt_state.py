@@ -146,25 +146,12 @@ def test_a_second_run_is_kept_out(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_cleared_and_other_files_stay(tmp_path: Path) -> None:
-    for path in (".writing/step-00000003/state.json", ".retired/step-00000001/state.json", "mine.txt"):
+    for path in (".step-00000003.partial-1a2b3c4d/state.json", ".step-00000001.replaced/state.json", "mine.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     with Checkpoints(tmp_path) as store:
         store.read(FINGERPRINT, 100)
     assert names(tmp_path) == ["mine.txt"]
-
-
-def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    with Checkpoints(tmp_path / "c") as store:
-        with pytest.raises(FileNotFoundError), store.replacing(out) as target:
-            (target / "new" / "deeper").touch()
-        assert (names(out), names(tmp_path / "c")) == (["old"], [])
-        with store.replacing(out) as target:
-            (target / "new").touch()
-        assert (names(out), names(tmp_path / "c")) == (["new"], [])
 
 
 @pytest.mark.parametrize("every", [0, True, 1.5])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 
 from .adapt import SETTINGS, Adaptation, adapt
 from .adapt_state import Checkpoints, fingerprint, short
-from .checkpoint import check_output, load, replaced_directory, save
+from .atomic import check_output, remove_leftovers, replaced_directory
+from .checkpoint import load, save
 from .curves import adaptation_curves
 from .distributed import World
 from .errors import CheckpointError, InputError
@@ -76,12 +76,14 @@ def adapt_directory(
     if found is not None:
         finished = _finished(found, short(fingerprint(model, loaded, settings)), steps)
         if finished is not None:
+            if world.first:
+                remove_leftovers(out.resolve())
             return finished
         check_output(out, overwrite=overwrite)
     result = adapt(model, loaded, steps=steps, checkpoints=store, world=world, progress=progress, **settings)
     if world.first:
         noted = {name: getattr(result, name) for name in ("steps", *SETTINGS)} | {"tasks": list(result.entropy)}
-        with _output(out, store, overwrite=overwrite) as target:
+        with replaced_directory(out, overwrite=overwrite) as target:
             save(model, target, files_from=source, settings={"adaptation": noted})
             write_json(target / RESULT_FILE, result.to_json())
             if result.steps and importlib.util.find_spec("matplotlib"):
@@ -114,14 +116,3 @@ def _finished(content: dict[str, Any], identity: str, steps: int) -> Adaptation 
     result.resumed = result.steps
     done = result.steps == steps or (result.stopped_early and result.steps < steps)
     return result if done and result.fingerprint == identity else None
-
-
-@contextmanager
-def _output(out: Path, store: Checkpoints | None, *, overwrite: bool) -> Iterator[Path]:
-    if store is None:
-        with replaced_directory(out, overwrite=overwrite) as target:
-            yield target
-        return
-    with store, store.replacing(out.resolve()) as target:
-        yield target
-        check_output(out, overwrite=overwrite)

@@ -11,14 +11,12 @@ A checkpoint appears under its name when it is complete and on disk, not before.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +28,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .atomic import replaced_directory
 from .errors import CheckpointError
+from .fingerprint import Digest, head_digest, model_digest
 from .tasks import Samples, Task
 
 try:
@@ -41,7 +41,6 @@ except ImportError:  # Windows: two runs at once are not kept apart there
 FORMAT_VERSION = 1
 KEPT = 2
 TENSORS_FILE, JSON_FILE = "state.safetensors", "state.json"
-_WRITING, _RETIRED = ".writing", ".retired"
 _BLOCK = 256  # samples read at once for a digest
 
 Fingerprint = dict[str, Any]
@@ -133,39 +132,12 @@ class Checkpoints:
         """Put a checkpoint on disk and let go of all but the newest. Raises CheckpointError where it cannot."""
         path = self.directory / f"step-{state.step:08d}"
         try:
-            with self.replacing(path) as target:
+            with replaced_directory(path, overwrite=True) as target:
                 _write(state, target)
             self._damaged.discard(path)
             self._clear()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error}; the one before it is kept") from error
-
-    @contextmanager
-    def replacing(self, path: Path) -> Iterator[Path]:
-        """A directory to fill that takes the place of ``path`` when the block ends well and all of it is on disk.
-
-        It is made in here: what a killed run leaves of it, the next one clears away.
-        """
-        work, retired = self.directory / _WRITING, self.directory / _RETIRED
-        for left in (work, retired):
-            shutil.rmtree(left, ignore_errors=True)
-        target = work / path.name
-        target.mkdir(parents=True)
-        try:
-            yield target
-            _sync(target)
-            if path.exists():
-                os.replace(path, retired)
-            try:
-                os.replace(target, path)
-            except OSError:
-                if retired.exists():
-                    os.replace(retired, path)
-                raise
-            _sync_entry(path.parent)
-            shutil.rmtree(retired, ignore_errors=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
         """Newest first."""
@@ -175,18 +147,18 @@ class Checkpoints:
         """Delete what is neither among the newest nor of use."""
         sound = [path for path in self._steps() if path not in self._damaged]
         old = sound[KEPT:] + [path for path in self._damaged if sound]
-        for path in [*old, self.directory / _WRITING, self.directory / _RETIRED]:
+        for path in [*old, *self.directory.glob(".step-*")]:  # what killed writers left: there is no other writer
             shutil.rmtree(path, ignore_errors=True)
 
 
 def fingerprint(model: nn.Module, tasks: Sequence[Task], settings: Mapping[str, Any]) -> Fingerprint:
-    """What must be the same for a run to go on: digests of every tensor of the model and of what each task's
-    adaptation data gives to the model, its head, and the settings.
+    """What must be the same for a run to go on: digests of every tensor of the model, of each task's head and
+    adaptation data, and the settings.
 
-    All samples are read once, in order.
+    Data without a ``fingerprint()`` of its own is read once, in order.
     """
     return {
-        "model": _model_digest(model),
+        "model": model_digest(model),
         "tasks": {task.name: _task_digest(task) for task in tasks},
         "settings": dict(settings),
     }
@@ -194,7 +166,7 @@ def fingerprint(model: nn.Module, tasks: Sequence[Task], settings: Mapping[str, 
 
 def short(fingerprint: Fingerprint) -> str:
     """One digest of a fingerprint."""
-    return _digest(fingerprint)
+    return Digest().plain(fingerprint).hex()
 
 
 def generators() -> dict[str, Any]:
@@ -229,7 +201,7 @@ def _refuse_another_run(directory: Path, theirs: Fingerprint, ours: Fingerprint)
         return
     problems = []
     if theirs["model"] != ours["model"]:
-        problems.append("model: other tensors or another structure than at the start of that run")
+        problems.append("model: other tensors, another structure or other versions of its packages than at the start of that run")
     for name in dict.fromkeys([*theirs["tasks"], *ours["tasks"]]):
         if name not in ours["tasks"]:
             problems.append(f"task {name!r}: expected as in that run, found none")
@@ -247,43 +219,15 @@ def _refuse_another_run(directory: Path, theirs: Fingerprint, ours: Fingerprint)
     raise CheckpointError.of(f"{directory} has checkpoints of another run ({advice})", problems)
 
 
-def _model_digest(model: nn.Module) -> str:
-    """Of structure, configuration and every parameter and buffer."""
-    found = hashlib.blake2b(digest_size=16)
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    for unrelated in ("_name_or_path", "transformers_version"):
-        settings.pop(unrelated, None)
-    found.update(json.dumps([repr(model), settings], sort_keys=True, default=str).encode())
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in named:
-            _add(found, name, tensor)
-    return found.hexdigest()
-
-
 def _task_digest(task: Task) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    head = task.head
-    _add(found, "weight", head.weight)
-    if head.bias is not None:
-        _add(found, "bias", head.bias)
-    found.update(json.dumps([head.classes, head.scale, head.normalize, head.pooling]).encode())
     samples: Samples = task.adaptation_data
+    digest = Digest().text(head_digest(task.head))
+    if hasattr(samples, "fingerprint"):
+        return digest.text(samples.fingerprint()).hex()
     for begin in range(0, len(samples), _BLOCK):
         inputs, _ = samples.batch(list(range(begin, min(begin + _BLOCK, len(samples)))))
-        for name in sorted(inputs):
-            _add(found, name, inputs[name])
-    return found.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, allow_nan=True).encode()
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+        digest.tensors(inputs)
+    return digest.hex()
 
 
 def _encoded(state: Tensor) -> str:
@@ -301,9 +245,9 @@ def _write(state: State, directory: Path) -> None:
         "format_version": FORMAT_VERSION,
         "step": state.step,
         **state.content,
-        "tensors": hashlib.blake2b(tensors, digest_size=16).hexdigest(),
+        "tensors": Digest().data(tensors).hex(),
     }
-    content["digest"] = _digest(content)
+    content["digest"] = Digest().plain(content).hex()
     (directory / JSON_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
@@ -317,8 +261,8 @@ def _read(path: Path) -> State:
                 f"{path}: expected format_version {FORMAT_VERSION}, found {content['format_version']!r}"
             )
         stored = (path / TENSORS_FILE).read_bytes()
-        sound = digest == _digest(content)
-        sound = sound and content.pop("tensors") == hashlib.blake2b(stored, digest_size=16).hexdigest()
+        sound = digest == Digest().plain(content).hex()
+        sound = sound and content.pop("tensors") == Digest().data(stored).hex()
         if not sound:
             raise CheckpointError(f"{path}: damaged: its digests are not those of its content")
         tensors = safetensors.torch.load(stored)
@@ -345,18 +289,3 @@ def _locked(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _sync(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # directories cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .atomic import check_output as check_output
 from .atomic import replaced_directory
 from .card import model_card
 from .errors import CheckpointError

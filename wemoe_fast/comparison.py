@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import check_output
+from .atomic import check_output
 from .distributed import World
 from .errors import CheckpointError
 from .evaluate import Evaluation, evaluate

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .batching import Batches
 from .distributed import World
 from .errors import InputError
-from .fingerprint import Digest, batch_digest, model_digest, numerics
+from .fingerprint import Digest, batch_digest, head_digest, model_digest, numerics
 from .forward import NOT_A_NUMBER, Forward
 from .prefetch import Prefetched
 from .records import Record, RecordLog
@@ -170,12 +170,8 @@ class _TaskRun:
         return self._result(self._sum(computed), time.perf_counter() - self._start)
 
     def _log(self, records: Path, model: str) -> RecordLog:
-        head = self._task.head
-        task = Digest().plain([head.classes, head.scale, head.normalize, head.pooling, self._fingerprint])
-        task.plain(self._task.name if self._fingerprint is None else None)  # tasks that nothing else tells apart
-        task.plain(len(self._task.data)).tensor(head.weight)
-        if head.bias is not None:
-            task.tensor(head.bias)
+        name = self._task.name if self._fingerprint is None else None  # tasks that nothing else tells apart
+        task = Digest().plain([head_digest(self._task.head), self._fingerprint, name, len(self._task.data)])
         settings = {"batches": self._settings, **numerics(self._device)}
         key = Digest().plain([model, task.hex(), settings]).hex()
         found = self._world.gather([key, settings])

@@ -75,6 +75,12 @@ def model_digest(model: nn.Module) -> str:
     return digest.tensors(dict(named)).hex()
 
 
+def head_digest(head: Any) -> str:
+    """Of a task's head: weight, bias, classes, and how it is applied."""
+    digest = Digest().plain([head.classes, head.scale, head.normalize, head.pooling]).tensor(head.weight)
+    return (digest if head.bias is None else digest.tensor(head.bias)).hex()
+
+
 def batch_digest(inputs: dict[str, Tensor], labels: Tensor | None) -> str:
     """Of one batch as a data set gave it."""
     digest = Digest().tensors(inputs)
