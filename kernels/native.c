@@ -37,6 +37,7 @@ typedef int32_t integer;
 #define NR (2 * VL)
 #define NB 60   /* tokens that are multiplied at once */
 #define FEW 6    /* samples that are merged at once: their sums fit in the registers */
+#define PAGE 4096
 #define GROUP 6  /* samples that a tile of the stack is merged for while it is in cache */
 #define OUTER_ROWS (3 * NR) /* of an outer product, with its columns and those of the samples under way in cache */
 #define OUTER_COLUMNS (10 * NR)
@@ -241,9 +242,10 @@ static void merge_tile(long count, long T1, const real *w, const real *s, long b
     }
 }
 
-/* The numbers [count, K] of x from `at` on as they are computed with: where they lie, or widened into `room`. */
+/* The numbers [count, K] of x from `at` on as they are computed with: where they lie, or in `room` where they need widening
+   or lie so far apart that they would drive each other out of the cache. */
 INLINE const real *rows_of(const void *x, long at, long *row, long count, long K, real *room, int kind) {
-  if (kind == REAL) return (const real *)x + at;
+  if (kind == REAL && *row * sizeof(real) % PAGE) return (const real *)x + at;
   for (long i = 0; i < count; i++) widen(room + i * K, x, at + i * *row, K, kind);
   *row = K;
   return room;

@@ -100,7 +100,9 @@ def merged_product(
     step = max(1, sums // width)
     for first in range(0, N, step):
         tokens = min(step, N - first)
-        across = min(span.stop - span.start, max(width, sums // (B * tokens) // width * width))
+        # Sums for as many columns as make reading x for each of them and the stack for each `most` cost the same.
+        across = max((sums / experts) ** 0.5, sums / (B * tokens))
+        across = min(span.stop - span.start, max(1, int(across) // width) * width)
         most = max(1, min(B, sums // (tokens * across)))
         pitch = -(-across // found.columns) * found.columns
         workspace = coefficient.new_empty(

@@ -185,6 +185,12 @@ def test_auto_takes_them_and_says_so():
     assert alone.strategy == "shared"
 
 
+def test_many_tokens_in_float32_are_left_to_larger_products():
+    for dtype, strategy in ((torch.float32, "chunked"), (torch.bfloat16, "native")):
+        inputs = merged_inputs(2, plan.NATIVE_TOKENS, 8, dtype=dtype)
+        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == strategy
+
+
 def test_16_bit_products_are_left_to_processors_that_have_them(monkeypatch):
     inputs = merged_inputs(8, 50, 8, dtype=torch.bfloat16)
     for fast, strategy in ((True, "chunked"), (False, "native")):

@@ -201,7 +201,9 @@ def _refuse_another_run(directory: Path, theirs: Fingerprint, ours: Fingerprint)
         return
     problems = []
     if theirs["model"] != ours["model"]:
-        problems.append("model: other tensors, another structure or other versions of its packages than at the start of that run")
+        problems.append(
+            "model: other tensors, another structure or other versions of its packages than at the start of that run"
+        )
     for name in dict.fromkeys([*theirs["tasks"], *ours["tasks"]]):
         if name not in ours["tasks"]:
             problems.append(f"task {name!r}: expected as in that run, found none")

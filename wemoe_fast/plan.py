@@ -33,8 +33,10 @@ STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "fact
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
 NATIVE_COSTS = 1.05, 1.1, 8.0
 """The same for ``native``."""
-NATIVE_ROWS = 64
-"""The CPU kernels are given multiples of so many rows."""
+NATIVE_TOKENS = 224
+"""From so many tokens on float32 products are left to PyTorch's, which then gain more than merging in cache does."""
+NATIVE_ROWS = 384
+"""The CPU kernels are given parts of so many rows at least."""
 GROUP = 8
 MANY_TOKENS = 128
 """From so many tokens on merging weighs less than packing x again for every slab: half a group, slabs twice as high."""
@@ -124,7 +126,7 @@ def choose(
         return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
     if x.device.type == "cuda" and obstacle is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
-    in_cache = no_native is None and _worthwhile(x)
+    in_cache = no_native is None and _worthwhile(x, N)
     token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
     if token * N + merge * (1 + T) + write > (1 + T) * N:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"
@@ -140,9 +142,10 @@ def _why_not_native(x: Tensor, stack: Tensor) -> str | None:
     return native.why_not(x.dtype, stack.dtype)
 
 
-def _worthwhile(x: Tensor) -> bool:
+def _worthwhile(x: Tensor, N: int) -> bool:
     """The CPU kernels compute in float32 or wider: not where the processor multiplies 16-bit numbers itself."""
-    return compute_dtype(x).itemsize > 2
+    dtype = compute_dtype(x)
+    return dtype.itemsize > 2 and (N < NATIVE_TOKENS or dtype != x.dtype)
 
 
 def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
@@ -173,9 +176,9 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device) if B * (N + 1 + T) * h * d >= WORTH_SHARING else 1
     if strategy == "native":
-        # Several parts for each worker, where they are large, so that all end together.
-        parts = workers * (4 if B * N * h * d >= 16 * WORTH_SHARING else 1)
-        return Plan(strategy, 1, -(-h // (NATIVE_ROWS * parts)) * NATIVE_ROWS, wide(x.dtype), reason, workers)
+        # Several parts for each worker, so that all end together, but none that is lower: every part reads all of x.
+        parts = workers * max(1, h // (workers * NATIVE_ROWS))
+        return Plan(strategy, 1, -(-h // (parts * 32)) * 32, wide(x.dtype), reason, workers)
     if strategy == "factored":
         # A slab of one expert at a time; per token at most 2 d + 6 rows numbers are under way.
         workers = 1 if backward else workers
