@@ -1,4 +1,4 @@
-"""``python -m benchmarks.faults --kills 40``: kill -9 at random moments of merge, adapt and evaluate; then run them again.
+"""``python -m benchmarks.faults --kills 40``: merge, adapt and evaluate killed at random moments, and run again.
 
 Each verb has a command of its own (``benchmarks.faults_merge``, ``faults_adapt``, ``faults_evaluate``), which says what
 must hold after a kill; this one runs all three, with as many kills each.

@@ -1,8 +1,8 @@
 """``python -m benchmarks.faults_merge --kills 40``: kill -9 during ``wemoe-fast merge``, then the same again.
 
-After every kill the output is what was there before or complete, and the rerun makes what an undisturbed run makes, byte
-for byte, with nothing left over. Runs are forked from a warm process, so that kills fall into the work and not into
-imports.
+After every kill the output is what was there before or complete, and the rerun makes what an undisturbed run makes,
+byte for byte, with nothing left over. Runs are forked from a warm process, so that kills fall into the work and not
+into imports.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from torch import nn
 from . import __version__
 from .adapt import ROUTINGS, SETTINGS
 from .adapt_run import adapt_directory
-from .atomic import check_output
 from .checkpoint import MAX_SHARD_BYTES, is_wemoe_directory, load, load_pretrained, outline
 from .comparison import RECORDS, check_resumable, compare, speeds, table, write_comparison
 from .config import load_recipe
