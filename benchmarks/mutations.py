@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from wemoe_fast.errors import WEMoEError
+from wemoe_fast.fingerprint import Digest
 
+from .faults_adapt import write_problem
 from .memory import peak_extra_bytes
+from .project import write_project
 from .synthetic import write_recipe
 
 SECONDS = 20
@@ -44,7 +49,7 @@ class Target:
 
     Attributes:
         make: writes a valid set of files into an empty folder.
-        files: those to mutate, relative to the folder.
+        files: those to mutate, as patterns relative to the folder.
         read: reads the folder; returns, or raises a WEMoEError.
         structured: mutates the parsed content, where there is one, beside the bytes.
     """
@@ -140,7 +145,7 @@ def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
         return bomb
     if kind == 1:
         return data.rstrip(b"}") + b"\n" + bomb
-    return mutate_json(data, rng)
+    return json.dumps(mutate_value(yaml.safe_load(data), rng)).encode()
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -208,7 +213,68 @@ def _recipe(folder: Path) -> None:
     load_recipe(folder / "recipe.yaml")
 
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+def _evaluated(folder: Path) -> None:
+    write_project(folder, samples=20, batch_size=4)
+    _expect(folder, _evaluation(folder))
+
+
+def _evaluation(folder: Path) -> str:
+    """Resumes from the records; a digest of what comes out, without times."""
+    from wemoe_fast.checkpoint import load
+    from wemoe_fast.evaluate import evaluate
+    from wemoe_fast.tasks import load_tasks
+
+    tasks = load_tasks(folder / "tasks.yaml", folder / "model")
+    result = evaluate(load(folder / "model"), tasks, records=folder / "records", progress=False)
+    plain = result.to_json(predictions=True)
+    return Digest().plain([plain[name] for name in ("accuracy", "n", "routing", "predictions")]).hex()
+
+
+def _resume_evaluation(folder: Path) -> None:
+    _compare(folder, _evaluation(folder))
+
+
+def _tasks(folder: Path) -> None:
+    from wemoe_fast.tasks import load_tasks
+
+    load_tasks(folder / "tasks.yaml", folder / "model")
+
+
+def _adapted(folder: Path) -> None:
+    write_problem(folder)
+    _expect(folder, _adaptation(folder, folder / "checkpoints"))
+
+
+def _adaptation(folder: Path, checkpoints: Path) -> str:
+    """Goes on from the newest sound checkpoint; a digest of the routers."""
+    from wemoe_fast.adapt import adapt
+    from wemoe_fast.adapt_state import Checkpoints
+    from wemoe_fast.checkpoint import load
+    from wemoe_fast.tasks import load_tasks
+
+    model = load(folder / "merged")
+    tasks = load_tasks(folder / "tasks.yaml", folder / "merged")
+    store = Checkpoints(checkpoints, every=1)
+    adapt(model, tasks, steps=3, lr=0.01, batch_size=2, checkpoints=store, progress=False)
+    return Digest().tensors({name: tensor.detach() for name, tensor in model.named_parameters()}).hex()
+
+
+def _resume_adaptation(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        copied = shutil.copytree(folder / "checkpoints", Path(scratch, "checkpoints"))
+        _compare(folder, _adaptation(folder, copied))
+
+
+def _expect(folder: Path, digest: str) -> None:
+    (folder / EXPECTED).write_text(digest)
+
+
+def _compare(folder: Path, digest: str) -> None:
+    if (folder / EXPECTED).read_text() != digest:
+        raise AssertionError("the result is another one than that of the run nobody disturbed")
+
+
+WEIGHTS, INDEX, EXPECTED = "model.safetensors", "model.safetensors.index.json", "expected"
 TARGETS: dict[str, Target] = {
     "weights of an expert": Target(_checkpoint, (f"expert0/{WEIGHTS}",), _merge, mutate_header),
     "weights of the base": Target(_checkpoint, (f"base/{WEIGHTS}",), _merge, mutate_header),
@@ -216,6 +282,9 @@ TARGETS: dict[str, Target] = {
     "index of a merged model": Target(_merged, (f"out/{INDEX}",), _load, mutate_json),
     "wemoe.json": Target(_merged, ("out/wemoe.json",), _load, mutate_json),
     "recipe": Target(_checkpoint, ("recipe.yaml",), _recipe, mutate_yaml),
+    "tasks": Target(_evaluated, ("tasks.yaml",), _tasks, mutate_yaml),
+    "records of an evaluation": Target(_evaluated, ("records/*/*.jsonl",), _resume_evaluation),
+    "checkpoints of an adaptation": Target(_adapted, ("checkpoints/step-*/state.*",), _resume_adaptation),
 }
 
 
@@ -234,13 +303,14 @@ class Bench:
     def __init__(self, target: Target, folder: Path) -> None:
         self.target, self.folder = target, folder
         target.make(folder)
-        self.originals = {name: (folder / name).read_bytes() for name in target.files}
+        paths = sorted(path for pattern in target.files for path in folder.glob(pattern))
+        self.originals = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
         target.read(folder)
 
     def case(self, seed: int) -> tuple[str, str]:
         """("worked", "") or ("refused", the message); anything else is raised."""
         rng = random.Random(seed)
-        name = rng.choice(self.target.files)
+        name = rng.choice(list(self.originals))
         data = self.originals[name]
         if self.target.structured is not None and rng.random() < 0.5:
             data = self.target.structured(data, rng)
@@ -252,7 +322,8 @@ class Bench:
         """The same for one file replaced by ``data``."""
         (self.folder / name).write_bytes(data)
         try:
-            with _time_limit(SECONDS):
+            with _time_limit(SECONDS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of records and checkpoints that are passed over
                 self.target.read(self.folder)
             return "worked", ""
         except WEMoEError as error:
