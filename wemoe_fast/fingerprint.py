@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .kernels import native
 
 BLOCK = 1 << 22  # elements copied at once, where memory is not ready to be hashed as it lies
 
@@ -96,5 +97,6 @@ def numerics(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability() if cpu else None,
         "threads": torch.get_num_threads() if cpu else None,
+        "native": native.why_not(torch.float32, torch.float32) is None if cpu else None,
         "matmul": torch.get_float32_matmul_precision(),
     }
