@@ -134,9 +134,15 @@ def greedy():
 # Tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}, {"use_cache": False}, {"static": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_invariant": True}, {"use_cache": False}, {"static": True}, {"strategy": "factored"}],
+    ids=str,
+)
 def test_greedy_tokens_are_the_loop_s(options, greedy):
     model = llama(batch_invariant="batch_invariant" in options)
+    for layer in wemoe_layers(model).values():
+        layer.strategy = options.get("strategy", "auto")
     settings = {"use_cache": options.get("use_cache", True)}
     if "static" in options:
         settings["cache_implementation"] = "static"
@@ -193,7 +199,9 @@ def test_one_weight_for_the_batch_stays_that_of_the_prompts():
 @pytest.mark.parametrize("drafts", ["lookup", "model"])
 def test_drafted_tokens_are_no_part_of_the_prompt(drafts):
     model, ids = llama(), torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    options = {"prompt_lookup_num_tokens": 3} if drafts == "lookup" else {"assistant_model": llama(seed=1)}
+    options = (
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": 2} if drafts == "lookup" else {"assistant_model": llama(seed=1)}
+    )
     first = next(iter(wemoe_layers(model).values()))
     lengths = []
     first.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
@@ -220,6 +228,24 @@ def test_generations_may_take_turns():
     for text, found in zip(texts, tokens, strict=True):
         assert torch.equal(found[:, text.shape[1] :], loop(model, text))
     assert [weights.shape for weights in routings[0].weights.values()] == [(1, 2)] * 2
+
+
+def test_few_sequences_are_merged_once_within_the_bound():
+    model, ids = llama(), prompts()[0]
+    size = 2 * 3 * 16 * 24 * 8  # two sequences of one layer
+    for allowed, kept in ((2 * size, 2), (size, 1), (size - 1, 0)):
+        with torch.no_grad(), PromptRouting(model, merged_bytes=allowed):
+            model(input_ids=ids[:2])
+            assert [layer.prompt.mlp is not None for layer in wemoe_layers(model).values()].count(True) == kept
+    with torch.no_grad(), PromptRouting(model) as routing:
+        model(input_ids=ids[:1].expand(50, -1))
+        assert [weights.shape for weights in routing.weights.values()] == [(1, 2)] * 2
+        assert all(layer.prompt.mlp is not None for layer in wemoe_layers(model).values())
+    with PromptRouting(model) as routing:
+        logits = model(input_ids=ids[:2]).logits
+        assert all(layer.prompt.mlp is None for layer in wemoe_layers(model).values())
+    logits.sum().backward()
+    assert all(layer.router.output.weight.grad.abs().max() > 0 for layer in wemoe_layers(model).values())
 
 
 def test_nothing_but_generations_is_concerned():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .mlp import FastWEMoEMLP
 from .prompts import PromptWeights
+from .sequences import MERGED_BYTES, Budget
 
 _REMEMBERED = "_wemoe_prompts"
 
@@ -44,20 +45,31 @@ class PromptRouting:
             ``get_decoder``) whose ``decode_routing`` is "prompt".
         tokens: how many tokens of the first forward are the prompt; all unless given.
         mask: [B, N], the padding of the prompts, for forwards that are given no mask of two dimensions.
+        merged_bytes: memory for weights merged once per sequence, where there are few enough for it to pay (where
+            no gradients are recorded).
 
     Raises:
         InputError: on entering, where another thread generates with the model.
     """
 
-    def __init__(self, model: nn.Module, *, tokens: int | None = None, mask: Tensor | None = None) -> None:
-        decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
-        decoding = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokens: int | None = None,
+        mask: Tensor | None = None,
+        merged_bytes: int = MERGED_BYTES,
+    ) -> None:
+        find: Any = getattr(model, "get_decoder", None)
+        decoder = find() if callable(find) else model
+        decoding = set((decoder if isinstance(decoder, nn.Module) else model).modules())
         self._layers = {
             path: layer
             for path, layer in model.named_modules()
             if isinstance(layer, FastWEMoEMLP) and layer in decoding and layer.decode_routing == "prompt"
         }
-        self._prompts = {path: PromptWeights(tokens, mask) for path in self._layers}
+        budget = Budget(merged_bytes)
+        self._prompts = {path: PromptWeights(tokens, mask, budget) for path in self._layers}
         self._before: list[dict[str, PromptWeights | None]] = []
 
     def __bool__(self) -> bool:
@@ -136,7 +148,7 @@ class _Generate:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self.__doc__ = type(model).generate.__doc__
+        self.__doc__ = getattr(type(model), "generate").__doc__  # noqa: B009
 
     def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
         return type(self), (self._model(),)

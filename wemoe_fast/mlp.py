@@ -12,6 +12,7 @@ from .errors import InputError
 from .masks import TokenMasks
 from .prompts import PromptWeights, check_routing
 from .router import Router
+from .sequences import SequenceMLP
 from .structure import MLPParts, parse_mlp
 from .task_vectors import MergedLinear, expert_problems
 
@@ -230,8 +231,14 @@ class FastWEMoEMLP(nn.Module):
         """
         x = self._samples_first(hidden_states)
         mask = self._token_mask(x, token_mask)
-        weights = self._route(x, mask) if self.prompt is None else self.prompt.of(x, mask, self._route)
-        if self.batch_invariant and x.shape[0] > 0:
+        if self.prompt is None:
+            weights, merged = self._route(x, mask), None
+        else:
+            weights = self.prompt.of(x, mask, self._route)
+            merged = self._merged_once(x, weights, self.prompt)
+        if merged is not None:
+            y = merged(x)
+        elif self.batch_invariant and x.shape[0] > 0:
             rows = weights.expand(x.shape[0], -1).split(1)
             y = torch.stack([self._alone(x[b], None if mask is None else mask[b], rows[b]) for b in range(x.shape[0])])
         else:
@@ -242,6 +249,17 @@ class FastWEMoEMLP(nn.Module):
         """The routing weights [B, T] that :meth:`forward` would use."""
         x = self._samples_first(hidden_states)
         return self.router(x, self._token_mask(x, token_mask)).expand(x.shape[0], -1)
+
+    def _merged_once(self, x: Tensor, weights: Tensor, prompt: PromptWeights) -> SequenceMLP | None:
+        """The MLPs of a generation's sequences, kept with its weights, where that is faster and fits."""
+        asked = self.batch_invariant or self.strategy != "auto" or torch.is_autocast_enabled(x.device.type)
+        if asked or torch.is_grad_enabled():
+            return None
+        if prompt.budget is not None and not torch.compiler.is_compiling():
+            roles = {"up": self.up, "down": self.down} | ({} if self.gate is None else {"gate": self.gate})
+            prompt.mlp = SequenceMLP.build(roles, self.activation, weights, x, prompt.budget)
+            prompt.budget = None
+        return prompt.mlp
 
     def _transform(self, x: Tensor, weights: Tensor) -> Tensor:
         nonzero = None if self.batch_reduce else self.router.normalization.top_k

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .errors import InputError
+from .sequences import Budget, SequenceMLP
 
 ROUTINGS = ("prompt", "step")
 """How a layer routes while a model generates: by the prompt, or every forward by the tokens it is given."""
@@ -26,14 +28,17 @@ class PromptWeights:
         tokens: how many tokens of the first forward are the prompt; all unless given.
         mask: [b, n], true or nonzero at the tokens of a prompt that count, for forwards whose own mask does not
             reach the layer; a row stands for as many sequences as the first forward has of it.
+        budget: for keeping merged weights; None once it has been asked, or for none.
 
     Attributes:
         weights: [B, T], or [1, T] shared by the batch; None before the first forward.
+        mlp: the MLPs of these weights, merged, where they are kept.
         thread: the thread that generates.
     """
 
-    def __init__(self, tokens: int | None = None, mask: Tensor | None = None) -> None:
-        self.tokens, self.mask = tokens, mask
+    def __init__(self, tokens: int | None = None, mask: Tensor | None = None, budget: Budget | None = None) -> None:
+        self.tokens, self.mask, self.budget = tokens, mask, budget
+        self.mlp: SequenceMLP | None = None
         self.weights: Tensor | None = None
         self.thread = 0
 
@@ -48,7 +53,11 @@ class PromptWeights:
                 )
             if mask is None and self.mask is not None:
                 mask = self.mask.repeat_interleave(x.shape[0] // max(1, self.mask.shape[0]), dim=0).to(x.device)
-            self.weights = route(x[:, :tokens], None if mask is None else mask[:, :tokens])
+            weights = route(x[:, :tokens], None if mask is None else mask[:, :tokens])
+            # Beams and samples of one prompt: one weight for all of them.
+            comparable = len(weights) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            alike = comparable and bool((weights == weights[:1]).all())
+            self.weights = weights[:1] if alike else weights
         elif self.weights.shape[0] not in (1, x.shape[0]):
             raise InputError(
                 f"generation: expected the {self.weights.shape[0]} sequences whose prompts fixed the routing weights, "
