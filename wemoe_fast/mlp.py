@@ -246,7 +246,7 @@ class FastWEMoEMLP(nn.Module):
         return y if self.batch_first else y.transpose(0, 1)
 
     def routing_weights(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The routing weights [B, T] that :meth:`forward` would use."""
+        """The routing weights [B, T] that :meth:`forward` would use outside of a generation."""
         x = self._samples_first(hidden_states)
         return self.router(x, self._token_mask(x, token_mask)).expand(x.shape[0], -1)
 
