@@ -36,7 +36,7 @@ CONTENDERS = {
     LOOP: ("step", "reference"),
 }
 """Policy and strategy."""
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 1000,
     "hidden_size": 512,
     "intermediate_size": 1408,

@@ -15,7 +15,7 @@ def test_every_contender_is_timed_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decode, "MODEL", decode.MODEL | small)
     monkeypatch.setattr(decode, "check", lambda experts: None)
     out = tmp_path / "decode.json"
-    arguments = "--sequences 1 3 --experts 2 --prompt 4 --new 2 --repeats 2".split()
+    arguments = ["--sequences", "1", "3", "--experts", "2", "--prompt", "4", "--new", "2", "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", ["decode", *arguments, "--out", str(out)])
     assert decode.main() == 0
     results = json.loads(out.read_text())["results"]
@@ -34,5 +34,5 @@ def test_other_tokens_than_the_loop_s_end_it(monkeypatch):
         return run(*args) + (len(calls) == 1)
 
     monkeypatch.setattr(decode, "generate", wrong)
-    with pytest.raises(WEMoEError, match="wemoe-fast, prompt .auto.: expected the tokens of the loop"):
+    with pytest.raises(WEMoEError, match=r"wemoe-fast, prompt \(auto\): expected the tokens of the loop"):
         decode.check(2, new=3)
