@@ -195,6 +195,10 @@ def test_frozen_parameters_of_the_base_have_no_task_vector():
     assert_parity([module], inputs(True))
 
 
+def test_every_decoding_step_is_routed_as_the_module_did_it():
+    assert FastWEMoEMLP.from_wemoe(dict_moe()).decode_routing == "step"
+
+
 def test_without_bias():
     we_moe = pytest.importorskip("fusion_bench.models.we_moe", reason="parity needs fusion-bench")
     module = stirred(we_moe.WeightEnsemblingMoE(D, *mlps(bias=False), batch_first=True))

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 from .checkpoint import load, save
 from .errors import CheckpointError, ConfigError, InputError, UnknownArchitectureError, WEMoEError
+from .generation import PromptRouting
 from .mlp import FastWEMoEMLP
 from .ops import merged_linear, route
 from .router import Router
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "FastWEMoEMLP",
     "InputError",
+    "PromptRouting",
     "Router",
     "UnknownArchitectureError",
     "WEMoEError",

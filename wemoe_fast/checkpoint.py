@@ -232,7 +232,7 @@ def check_description(description: dict[str, Any]) -> None:
     if not problems and not layers:
         problems.append("layers: expected at least one, found none")
     for path, layer in layers.items():
-        problems += _unlike(layer, _LAYER, f"layers.{path}.")
+        problems += _unlike({**_LAYER_DEFAULTS, **layer}, _LAYER, f"layers.{path}.")
         if not isinstance(layer.get("router"), dict):
             continue
         problems += _unlike(layer["router"], _ROUTER, f"layers.{path}.router.")
@@ -281,8 +281,11 @@ _LAYER = {
     "bias": "a list of texts",
     "batch_first": "true/false",
     "batch_invariant": "true/false",
+    "decode_routing": "text",
     "router": "an object",
 }
+_LAYER_DEFAULTS = {"decode_routing": "prompt"}
+"""What a file written before there was such a setting means."""
 _ROUTER = {
     "num_experts": "a count",
     "depth": "a count",
@@ -347,6 +350,7 @@ def _describe(layer: FastWEMoEMLP) -> dict[str, Any]:
         "bias": [role for role in ("up", "down", "gate") if getattr(getattr(layer, role), "bias", None) is not None],
         "batch_first": layer.batch_first,
         "batch_invariant": layer.batch_invariant,
+        "decode_routing": layer.decode_routing,
         "router": {
             "num_experts": router.num_experts,
             "depth": router.depth,
@@ -361,6 +365,7 @@ def _describe(layer: FastWEMoEMLP) -> dict[str, Any]:
 
 def _build(layer: dict[str, Any]) -> FastWEMoEMLP:
     """An uninitialised layer of that description."""
+    layer = {**_LAYER_DEFAULTS, **layer}
     settings = {name: layer["router"][name] for name in _ROUTER}
     prefix = settings.pop("prefix_features")
     experts, in_features = settings.pop("num_experts"), settings.pop("in_features")
@@ -378,6 +383,7 @@ def _build(layer: dict[str, Any]) -> FastWEMoEMLP:
         activation=layer["activation"],
         batch_first=layer["batch_first"],
         batch_invariant=layer["batch_invariant"],
+        decode_routing=layer["decode_routing"],
     )
 
 

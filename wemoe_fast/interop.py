@@ -62,6 +62,7 @@ def from_wemoe(module: nn.Module) -> FastWEMoEMLP:
         gate=merged.get("gate"),
         activation=parts.activation,
         batch_first=bool(getattr(module, "batch_first", False)),
+        decode_routing="step",
     )
     return result.train(module.training)
 

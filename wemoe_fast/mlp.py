@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from .activations import lookup
 from .errors import InputError
 from .masks import TokenMasks
+from .prompts import PromptWeights, check_routing
 from .router import Router
+from .sequences import SequenceMLP
 from .structure import MLPParts, parse_mlp
 from .task_vectors import MergedLinear, expert_problems
 
@@ -33,7 +35,10 @@ class FastWEMoEMLP(nn.Module):
         batch_invariant: run every sample by itself on its own unpadded tokens, so that its output is the same
             bit for bit whatever else is in the batch, wherever it stands and however it is padded. Costs what
             a batch of one costs, per sample: see benchmarks/NOTES.md. Not with ``batch_reduce``.
+        decode_routing: "prompt" or "step": whether a prompt fixes the routing weights of the text generated from it,
+            or every forward routes on the tokens it is given; see ``wemoe_fast.generation``.
         strategy: see ``wemoe_fast.ops.merged_linear``.
+        prompt: the routing weights of the generation under way, None outside of one.
         token_masks: where the masks of the model around it arrive, see ``wemoe_fast.masks``.
     """
 
@@ -47,6 +52,7 @@ class FastWEMoEMLP(nn.Module):
         activation: str = "gelu",
         batch_first: bool = True,
         batch_invariant: bool = False,
+        decode_routing: str = "prompt",
         strategy: str = "auto",
     ) -> None:
         super().__init__()
@@ -54,6 +60,8 @@ class FastWEMoEMLP(nn.Module):
         self.router, self.up, self.down, self.gate = router, up, down, gate
         self.activation, self.strategy = activation, strategy
         self.batch_first, self.batch_invariant = batch_first, batch_invariant
+        self.decode_routing = decode_routing
+        self.prompt: PromptWeights | None = None
         self.token_masks: TokenMasks | None = None
 
     @classmethod
@@ -122,6 +130,7 @@ class FastWEMoEMLP(nn.Module):
         batch_first: bool = True,
         batch_reduce: bool = False,
         batch_invariant: bool = False,
+        decode_routing: str = "prompt",
         subject: str = "from_mlps",
     ) -> FastWEMoEMLP:
         """:meth:`from_mlps` for MLPs taken apart already; ``subject`` names the place in error messages."""
@@ -153,6 +162,7 @@ class FastWEMoEMLP(nn.Module):
             activation=base.activation,
             batch_first=batch_first,
             batch_invariant=batch_invariant,
+            decode_routing=decode_routing,
         )
 
     @classmethod
@@ -189,6 +199,14 @@ class FastWEMoEMLP(nn.Module):
         self._choose(value, self.batch_reduce)
         self._batch_invariant = value
 
+    @property
+    def decode_routing(self) -> str:
+        return self._decode_routing
+
+    @decode_routing.setter
+    def decode_routing(self, value: str) -> None:
+        self._decode_routing = check_routing(value)
+
     @staticmethod
     def _choose(batch_invariant: bool, batch_reduce: bool) -> None:
         if batch_invariant and batch_reduce:
@@ -213,16 +231,35 @@ class FastWEMoEMLP(nn.Module):
         """
         x = self._samples_first(hidden_states)
         mask = self._token_mask(x, token_mask)
-        if self.batch_invariant and x.shape[0] > 0:
-            y = torch.stack([self._alone(x[b], None if mask is None else mask[b]) for b in range(x.shape[0])])
+        if self.prompt is None:
+            weights, merged = self._route(x, mask), None
         else:
-            y = self._transform(x, self.router(x, mask))
+            weights = self.prompt.of(x, mask, self._route)
+            merged = self._merged_once(x, weights, self.prompt)
+        if merged is not None:
+            y = merged(x)
+        elif self.batch_invariant and x.shape[0] > 0:
+            rows = weights.expand(x.shape[0], -1).split(1)
+            y = torch.stack([self._alone(x[b], None if mask is None else mask[b], rows[b]) for b in range(x.shape[0])])
+        else:
+            y = self._transform(x, weights)
         return y if self.batch_first else y.transpose(0, 1)
 
     def routing_weights(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The routing weights [B, T] that :meth:`forward` would use."""
+        """The routing weights [B, T] that :meth:`forward` would use outside of a generation."""
         x = self._samples_first(hidden_states)
         return self.router(x, self._token_mask(x, token_mask)).expand(x.shape[0], -1)
+
+    def _merged_once(self, x: Tensor, weights: Tensor, prompt: PromptWeights) -> SequenceMLP | None:
+        """The MLPs of a generation's sequences, kept with its weights, where that is faster and fits."""
+        asked = self.batch_invariant or self.strategy != "auto" or torch.is_autocast_enabled(x.device.type)
+        if asked or torch.is_grad_enabled():
+            return None
+        if prompt.budget is not None and not torch.compiler.is_compiling():
+            roles = {"up": self.up, "down": self.down} | ({} if self.gate is None else {"gate": self.gate})
+            prompt.mlp = SequenceMLP.build(roles, self.activation, weights, x, prompt.budget)
+            prompt.budget = None
+        return prompt.mlp
 
     def _transform(self, x: Tensor, weights: Tensor) -> Tensor:
         nonzero = None if self.batch_reduce else self.router.normalization.top_k
@@ -232,14 +269,19 @@ class FastWEMoEMLP(nn.Module):
             hidden = self.up.gated_by(self.gate, x, weights, self.activation, self.strategy, nonzero)
         return self.down(hidden, weights, None, self.strategy, nonzero)
 
-    def _alone(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """One sample [N, d], its real tokens in memory of their own, then the masked ones with its weights."""
+    def _route(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Routing weights [B, T] or [1, T] of these tokens."""
+        if not self.batch_invariant or x.shape[0] == 0:
+            return self.router(x, mask)
+        samples = [x[b] if mask is None else x[b][mask[b].bool()] for b in range(x.shape[0])]
+        return torch.cat([self.router(_by_itself(sample), None) for sample in samples])
+
+    def _alone(self, tokens: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
+        """One sample [N, d], its real tokens in memory of their own, then the masked ones."""
         if mask is None:
-            sample = tokens.unsqueeze(0).clone(memory_format=torch.contiguous_format)
-            return self._transform(sample, self.router(sample, None))[0]
+            return self._transform(_by_itself(tokens), weights)[0]
         mask = mask.bool()
         real, padding = tokens[mask].unsqueeze(0), tokens[~mask].unsqueeze(0)
-        weights = self.router(real, None)
         transformed = self._transform(real, weights)[0]
         y = transformed.new_empty(tokens.shape[0], transformed.shape[1])
         return y.index_put((mask,), transformed).index_put((~mask,), self._transform(padding, weights)[0])
@@ -269,9 +311,16 @@ class FastWEMoEMLP(nn.Module):
         parts += [f"{flag}=True" for flag in ("batch_reduce", "batch_invariant") if getattr(self, flag)]
         if not self.batch_first:
             parts.append("batch_first=False")
+        if self.decode_routing != "prompt":
+            parts.append(f"decode_routing={self.decode_routing!r}")
         if self.strategy != "auto":
             parts.append(f"strategy={self.strategy!r}")
         return ", ".join(parts)
+
+
+def _by_itself(tokens: Tensor) -> Tensor:
+    """One sample [N, d] as a batch of one, in memory of its own."""
+    return tokens.unsqueeze(0).clone(memory_format=torch.contiguous_format)
 
 
 def _mismatches(base: MLPParts, experts: Mapping[str, MLPParts]) -> list[str]:

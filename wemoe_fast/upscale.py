@@ -14,9 +14,11 @@ from torch import nn
 
 from .errors import InputError
 from .families import MLPSite, find_mlps
+from .generation import connect_generation
 from .interop import is_wemoe
 from .masks import connect
 from .mlp import FastWEMoEMLP
+from .prompts import check_routing
 from .structure import MLPParts, recognise, recognise_split
 from .task_vectors import check_experts
 
@@ -46,6 +48,7 @@ def upscale(
     top_k: int | None = None,
     batch_reduce: bool = False,
     batch_invariant: bool = False,
+    decode_routing: str = "prompt",
     seed: int | None = None,
 ) -> nn.Module:
     """One WEMoE model of a pretrained model and T models fine-tuned from it (paper, section 3).
@@ -59,7 +62,7 @@ def upscale(
         merge_lambda: task arithmetic's coefficient outside the MLPs.
         router_depth, init_lambda, normalization, temperature, top_k, batch_reduce: see ``Router``;
             ``init_lambda`` is ``merge_lambda`` unless given.
-        batch_invariant: see ``FastWEMoEMLP``.
+        batch_invariant, decode_routing: see ``FastWEMoEMLP``.
         seed: makes the routers' initialisation repeatable; the global generator is used without.
 
     Returns:
@@ -71,6 +74,7 @@ def upscale(
         UnknownArchitectureError: no MLP found; lists what looks like one.
         InputError: experts that do not fit the base, everything at once; models merged already.
     """
+    check_routing(decode_routing)
     _refuse_merged({"base": base, **{f"expert {name!r}": expert for name, expert in experts.items()}})
     check_models(base, experts)
     sites = find_mlps(base)
@@ -88,6 +92,7 @@ def upscale(
                 top_k=top_k,
                 batch_reduce=batch_reduce,
                 batch_invariant=batch_invariant,
+                decode_routing=decode_routing,
                 subject=f"MLP {site.path!r}",
             )
             for site in sites
@@ -98,7 +103,7 @@ def upscale(
 
 
 def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInfo) -> nn.Module:
-    """Put WEMoE layers into a model in place: replace ``layers``' paths, empty others, connect the masks.
+    """Put WEMoE layers into a model in place: replace ``layers``' paths, empty others, connect masks and generation.
 
     Returns the model (the layer itself where its path is "").
     """
@@ -118,6 +123,7 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
     for layer in layers.values():
         layer.router.requires_grad_(True)
     connect(model, layers)
+    connect_generation(model)
     object.__setattr__(model, "wemoe_info", info)
     return model
 
