@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .families import MLPSite, find_mlps
+from .families import MLPSite, find_mlps, parts_of
 from .interop import is_wemoe
 from .masks import connect
 from .mlp import FastWEMoEMLP
-from .structure import MLPParts, recognise, recognise_split
+from .structure import MLPParts
 from .task_vectors import check_experts
 
 
@@ -88,6 +88,7 @@ def upscale(
                 top_k=top_k,
                 batch_reduce=batch_reduce,
                 batch_invariant=batch_invariant,
+                batch_first=site.batch_first,
                 subject=f"MLP {site.path!r}",
             )
             for site in sites
@@ -109,17 +110,21 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
             model = layer
         else:
             set_module(model, path, layer)
-    for module in model.modules():
-        # Hugging Face's BERT can feed an MLP some tokens at a time; each chunk would be routed by itself.
-        for owner in (module, getattr(module, "config", None)):
-            if getattr(owner, "chunk_size_feed_forward", 0):
-                setattr(owner, "chunk_size_feed_forward", 0)  # noqa: B010
+    whole_samples(model)
     model.eval().requires_grad_(False)
     for layer in layers.values():
         layer.router.requires_grad_(True)
     connect(model, layers)
     object.__setattr__(model, "wemoe_info", info)
     return model
+
+
+def whole_samples(model: nn.Module) -> None:
+    """Let every MLP see all tokens of a sample at once, in place: Hugging Face's can be fed some at a time."""
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            if getattr(owner, "chunk_size_feed_forward", 0):
+                setattr(owner, "chunk_size_feed_forward", 0)  # noqa: B010
 
 
 def task_arithmetic(base: nn.Module, experts: Mapping[str, nn.Module], scaling: float = 0.3) -> nn.Module:
@@ -275,10 +280,8 @@ def expert_parts(name: str, expert: nn.Module, base: nn.Module, sites: Sequence[
                 linears: dict[str, Any] = {role: expert.get_submodule(path) for role, path in where.items()}
                 found[site.path] = MLPParts(activation=site.parts.activation, **linears)
                 continue
-            down: Any = expert.get_submodule(where["down"])
-            module = expert.get_submodule(site.path)
-            parts = recognise_split(module, down) if site.emptied else recognise(module)
-            if parts.linears() != {role: expert.get_submodule(path) for role, path in where.items()}:
+            parts = parts_of(expert.get_submodule(site.host), site.family)
+            if parts is None or parts.linears() != {role: expert.get_submodule(path) for role, path in where.items()}:
                 raise InputError(f"expected the linears in the roles {where}, found them in others")
             found[site.path] = parts
         except (AttributeError, InputError) as error:
