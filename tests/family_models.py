@@ -120,7 +120,20 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "like old open_clip": SequenceFirst,
 }
 NAMES = (*HUGGING_FACE, *OTHERS)
-MASKED = ("BERT", "RoBERTa", "DistilBERT", "LLaMA", "Mistral", "Qwen2", "Qwen3", "Gemma", "GPT-2", "T5", "T5 1.1", "BART")
+MASKED = (
+    "BERT",
+    "RoBERTa",
+    "DistilBERT",
+    "LLaMA",
+    "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "Gemma",
+    "GPT-2",
+    "T5",
+    "T5 1.1",
+    "BART",
+)
 
 
 @functools.cache

@@ -83,7 +83,9 @@ def test_every_mlp_of_the_running_model_is_its_formula(name):
     for site in sites:
         outer = model.get_submodule(site.path)
         last = site.parts.down if site.emptied else outer
-        handles.append(outer.register_forward_hook(lambda m, args, output, site=site: seen.update({site.path: args[0]})))
+        handles.append(
+            outer.register_forward_hook(lambda m, args, output, site=site: seen.update({site.path: args[0]}))
+        )
         handles.append(last.register_forward_hook(lambda m, args, y, site=site: seen.update({(site.path, "y"): y})))
     with torch.no_grad():
         run(model, inputs(name))

@@ -137,7 +137,9 @@ def test_heads_of_another_kind_at_other_places():
     torch.manual_seed(0)
     llama = TEXT | {"num_key_value_heads": 2}
     base = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)))
-    expert = randomised(transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**llama, num_labels=3, pad_token_id=0)))
+    expert = randomised(
+        transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**llama, num_labels=3, pad_token_id=0))
+    )
     shared = share(base, {"labels": expert})
     assert shared.kept == ("lm_head.weight",)
     assert shared.left == {"labels": ("score.weight",)}

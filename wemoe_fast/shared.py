@@ -1,8 +1,8 @@
 """Models that share their layers and differ around them, in heads or vocabularies: the shared part merged.
 
-    shared = share(base, experts)                       # what fits, and what is left to each task
-    model = upscale(base, shared.experts)
-    classifier = shared.model_of("sentiment", model)    # that expert's own head on the merged layers
+shared = share(base, experts)                       # what fits, and what is left to each task
+model = upscale(base, shared.experts)
+classifier = shared.model_of("sentiment", model)    # that expert's own head on the merged layers
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ EXPERT_FORMATS: tuple[tuple[str, str], ...] = (
 
 def table() -> str:
     """The families of architectures and the formats of experts, in Markdown."""
-    families = [(family.name, _formula(family), ", ".join(f"`{name}`" for name in family.examples)) for family in FAMILIES]
+    families = [
+        (family.name, _formula(family), ", ".join(f"`{name}`" for name in family.examples)) for family in FAMILIES
+    ]
     return "\n".join(
         [
             *_rows(("models", "their MLP", "tested on"), families),

@@ -86,6 +86,11 @@ class MergedLinear(nn.Module):
             torch.empty(1 + experts, out_features) if bias else None,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight [h, d], for models that read dtype, device or shape of their linears."""
+        return self.stack[0]
+
     def forward(
         self,
         x: Tensor,

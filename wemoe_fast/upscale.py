@@ -15,6 +15,7 @@ from torch import nn
 from .errors import InputError
 from .families import MLPSite, find_mlps, parts_of
 from .interop import is_wemoe
+from .linears import is_linear, sizes
 from .masks import connect
 from .mlp import FastWEMoEMLP
 from .structure import MLPParts
@@ -109,6 +110,7 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
         if path == "":
             model = layer
         else:
+            _keep_names(layer, model.get_submodule(path))
             set_module(model, path, layer)
     whole_samples(model)
     model.eval().requires_grad_(False)
@@ -117,6 +119,15 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
     connect(model, layers)
     object.__setattr__(model, "wemoe_info", info)
     return model
+
+
+def _keep_names(layer: FastWEMoEMLP, original: nn.Module) -> None:
+    """Let the model around go on reading dtypes and shapes of its linears under their names, as open_clip does."""
+    merged = [linear for linear in (layer.up, layer.down, layer.gate) if linear is not None]
+    for name, child in original.named_children():
+        alike = [m for m in merged if is_linear(child) and m.stack.shape[1:] == sizes(child)[::-1]]
+        if alike and not hasattr(layer, name):
+            object.__setattr__(layer, name, alike[0])
 
 
 def whole_samples(model: nn.Module) -> None:
