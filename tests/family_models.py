@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wemoe_fast import upscale, wemoe_layers
+from wemoe_fast.families import MLPSite, find_mlps
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = {"vocab_size": 40, "max_position_embeddings": 24}
@@ -137,8 +138,8 @@ MASKED = (
 
 
 @functools.cache
-def base(name: str) -> nn.Module:
-    """In evaluation mode; never changed by a test."""
+def base(name: str, layers: int = 2) -> nn.Module:
+    """In evaluation mode; never changed by a test. ``layers``: of Hugging Face's alone."""
     torch.manual_seed(0)
     if name in OTHERS:
         model = OTHERS[name]()
@@ -146,17 +147,30 @@ def base(name: str) -> nn.Module:
         transformers = pytest.importorskip("transformers")
         class_name, settings = HUGGING_FACE[name]
         cls = getattr(transformers, class_name)
-        model = cls(cls.config_class(**copy.deepcopy(settings)))
+        model = cls(cls.config_class(**_with_layers(settings, layers)))
     for parameter in model.parameters():
         if parameter.dim() > 1:  # transformers' own are so small that little but the residual is left
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
 
+def _with_layers(settings: dict[str, Any], layers: int) -> dict[str, Any]:
+    return {
+        name: _with_layers(value, layers) if isinstance(value, dict) else layers if "layer" in name else value
+        for name, value in settings.items()
+    }
+
+
 @functools.cache
-def experts(name: str) -> dict[str, nn.Module]:
+def sites(name: str) -> list[MLPSite]:
+    """The MLPs of the base."""
+    return find_mlps(base(name))
+
+
+@functools.cache
+def experts(name: str, layers: int = 2) -> dict[str, nn.Module]:
     """Two, never changed by a test."""
-    return {f"task{t}": tuned(base(name), t) for t in range(2)}
+    return {f"task{t}": tuned(base(name, layers), t) for t in range(2)}
 
 
 def tuned(model: nn.Module, seed: int, scale: float = 0.1) -> nn.Module:
@@ -170,9 +184,9 @@ def tuned(model: nn.Module, seed: int, scale: float = 0.1) -> nn.Module:
 
 
 @functools.cache
-def merged(name: str, depth: int = 1) -> nn.Module:
+def merged(name: str, depth: int = 1, layers: int = 2) -> nn.Module:
     """Routers that tell samples apart; never changed by a test."""
-    model = upscale(base(name), experts(name), router_depth=depth, seed=0)
+    model = upscale(base(name, layers), experts(name, layers), router_depth=depth, seed=0)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for layer in wemoe_layers(model).values():

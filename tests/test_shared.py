@@ -190,7 +190,7 @@ def test_layers_that_differ_are_refused_all_at_once():
 
 
 def test_another_activation_is_refused():
-    with pytest.raises(InputError, match="'a': MLP 'encoder.layer.0': expected activation 'gelu'.*found 'relu'"):
+    with pytest.raises(InputError, match=r"'a': MLP 'encoder\.layer\.0': expected activation 'gelu'.*found 'relu'"):
         share(encoder(), {"a": classifier(2, hidden_act="relu")})
 
 

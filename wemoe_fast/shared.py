@@ -115,7 +115,7 @@ def share(base: nn.Module, experts: Mapping[str, nn.Module]) -> Shared:
         fitting[name] = {p: theirs[p] for p in ours.keys() & theirs.keys() if theirs[p].shape == ours[p].shape}
         inside = [p for p in {**ours, **theirs} if p.startswith(layers)]
         problems += [
-            f"expert {name!r}: {p}: expected {_found(ours.get(p))} as in the base's layers, found {_found(theirs.get(p))}"
+            f"expert {name!r}: {p}: expected {_what(ours.get(p))} as in the base's layers, found {_what(theirs.get(p))}"
             for p in inside
             if p not in fitting[name]
         ]
@@ -180,5 +180,5 @@ def _like(base: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     return copy.deepcopy(base, memo)
 
 
-def _found(parameter: Tensor | None) -> str:
+def _what(parameter: Tensor | None) -> str:
     return "none" if parameter is None else f"shape {tuple(parameter.shape)}"

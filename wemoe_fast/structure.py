@@ -1,6 +1,6 @@
 """What an MLP is made of: recognised by structure, verified by running it.
 
-A module is taken for an MLP when it holds two linears (or three: gated; see ``linears``), no other parameters, and computes
+A module is taken for an MLP when it holds two linears (or three: gated), no other parameters, and computes
 what the formula says. Names of attributes and classes are never trusted. To verify, the module is run once
 with random weights in place of its own (`torch.func.functional_call`), so the answer depends neither on the
 values of its weights (all zero, not a number) nor on their precision: in bfloat16, gelu and gelu_tanh are
