@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -222,8 +223,8 @@ def inputs(name: str, padding: str = "right") -> dict[str, Tensor]:
 
 def run(model: nn.Module, given: dict[str, Tensor]) -> list[Tensor]:
     """All floating tensors of the output but caches."""
-    config = getattr(model, "config", None)
-    output = model(**given, **({"use_cache": False} if hasattr(config, "use_cache") else {}))
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    output = model(**given, **({"use_cache": False} if caches else {}))
     return [t for t in _tensors(output) if t.is_floating_point()]
 
 

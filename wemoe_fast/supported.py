@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .families import FAMILIES, Family
 
 EXPERT_FORMATS: tuple[tuple[str, str], ...] = (
@@ -35,5 +37,5 @@ def _formula(family: Family) -> str:
     return f"`{family.down}({hidden})`"
 
 
-def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]] | tuple[tuple[str, ...], ...]) -> list[str]:
+def _rows(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
