@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wemoe_fast import FastWEMoEMLP
 from wemoe_fast.activations import lookup
+from wemoe_fast.linears import bias_of, weight_of
 from wemoe_fast.router import Router
 from wemoe_fast.structure import parse_mlp
 from wemoe_fast.task_vectors import MergedLinear
@@ -131,13 +132,12 @@ class Preallocated:
             hidden = self.activate(self._product("gate", self.gate, rows)).mul_(self._product("up", self.up, rows))
         return self._product("down", self.down, hidden).unflatten(0, x.shape[:2])
 
-    def _product(self, name: str, linear: nn.Linear, rows: Tensor) -> Tensor:
+    def _product(self, name: str, linear: nn.Module, rows: Tensor) -> Tensor:
+        weight, bias = weight_of(linear), bias_of(linear)
         out = self.buffers.get(name)
         if out is None or out.shape[0] != rows.shape[0]:
-            out = self.buffers[name] = rows.new_empty(rows.shape[0], linear.out_features)
-        if linear.bias is None:
-            return torch.mm(rows, linear.weight.mT, out=out)
-        return torch.addmm(linear.bias, rows, linear.weight.mT, out=out)
+            out = self.buffers[name] = rows.new_empty(rows.shape[0], len(weight))
+        return torch.mm(rows, weight.mT, out=out) if bias is None else torch.addmm(bias, rows, weight.mT, out=out)
 
 
 class Materialised(nn.Module):

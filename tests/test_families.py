@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from wemoe_fast.activations import lookup
 from wemoe_fast.errors import InputError, UnknownArchitectureError
-from wemoe_fast.families import FAMILIES, find_mlps
+from wemoe_fast.families import FAMILIES, find_mlps, locate_mlps
 
 VISION = {
     "hidden_size": 16,
@@ -338,7 +338,7 @@ def test_model_is_left_as_it_was():
 
 
 def test_families_are_complete():
-    assert all(family.example for family in FAMILIES)
+    assert all(family.examples for family in FAMILIES)
     assert not FAMILIES[-1].up
     assert all(family.up and family.down for family in FAMILIES[:-1])
 
@@ -354,3 +354,55 @@ def test_a_base_sized_vit_takes_well_under_two_seconds():
         assert time.process_time() - start < 2
     finally:
         torch.set_num_threads(threads)
+
+
+class Layer(nn.Module):
+    """An MLP whose host calls the activation itself, as Whisper's layers do; ``between`` comes after it."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.attention, self.between = nn.Linear(8, 8), between or (lambda x: x)
+        self.fc1, self.fc2, self.activation_fn = nn.Linear(8, 12), nn.Linear(12, 8), nn.GELU()
+
+    def forward(self, x, needed_but_none, other=None):
+        h = F.dropout(self.activation_fn(self.fc1(x)), 0.1, self.training)
+        return x + self.fc2(self.between(h))
+
+
+def test_a_host_that_calls_the_activation_itself():
+    sites = find_mlps(nn.ModuleList([Layer(), Layer()]))
+    assert [site.path for site in sites] == ["0.fc1", "1.fc1"]
+    assert sites[0].emptied == ("0.activation_fn", "0.fc2")
+    assert [site.parts.activation for site in sites] == ["gelu"] * 2
+
+
+@pytest.mark.parametrize("between", [nn.LayerNorm(12), lambda h: 2 * h, lambda h: h.relu()])
+def test_such_a_host_with_something_in_between_is_refused(between):
+    with pytest.raises(UnknownArchitectureError, match="Linear -> GELU -> Linear one after the other"):
+        find_mlps(nn.ModuleList([Layer(between)]))
+
+
+def test_such_a_host_that_cannot_be_run_is_refused():
+    class Picky(Layer):
+        def forward(self, x, needed):
+            return super().forward(x, None) + needed.sum()
+
+    with pytest.raises(UnknownArchitectureError, match=r"expected a function of hidden states.*AttributeError"):
+        find_mlps(nn.ModuleList([Picky()]))
+
+
+def test_such_hosts_are_found_on_the_meta_device_and_hooks_are_gone():
+    with torch.device("meta"):
+        model = nn.ModuleList([Layer()])
+    assert [site.path for site in locate_mlps(model)] == ["0.fc1"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_nearest_attention_tells_whether_samples_come_first():
+    class WithAttention(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            self.attn, self.mlp = nn.MultiheadAttention(8, 2, batch_first=batch_first), FFN()
+
+    model = nn.ModuleList([WithAttention(True), WithAttention(False), Block(FFN())])
+    assert [site.batch_first for site in find_mlps(model)] == [True, False, True]

@@ -4,6 +4,7 @@ import gc
 import json
 from pathlib import Path
 
+import family_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,6 +75,14 @@ def files(directory):
 def test_the_bytes_are_those_of_merging_whole_models(tmp_path, monkeypatch, name, dtype):
     monkeypatch.setattr(streaming, "SLAB", 100)  # most tensors take several slabs, with ragged ends
     recipe = write(tmp_path, build(name, dtype))
+    merge_to_directory(recipe, tmp_path / "out")
+    assert files(tmp_path / "out") == files(in_memory(recipe, tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "T5", "T5 1.1", "Whisper", "DistilBERT", "Qwen3"])
+def test_the_bytes_of_other_families_are_too(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(streaming, "SLAB", 100)
+    recipe = write(tmp_path, copy.deepcopy(family_models.base(name)))
     merge_to_directory(recipe, tmp_path / "out")
     assert files(tmp_path / "out") == files(in_memory(recipe, tmp_path / "expected"))
 

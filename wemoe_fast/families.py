@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from wemoe_fast.errors import InputError, UnknownArchitectureError
-from wemoe_fast.structure import MLPParts, mlp_like, recognise, recognise_split, value_problems
+from wemoe_fast.linears import is_linear
+from wemoe_fast.structure import MLPParts, check_chain, mlp_like, recognise, recognise_split, value_problems
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class Family:
 
     up, down, gate: the linears; all empty: any module `parse_mlp` accepts.
     site: the module that FastWEMoEMLP replaces, "" for the host itself.
-    emptied: the modules that nn.Identity replaces. With any, the site computes act(up(x)) and the host
-        then applies down.
-    example: a class with such an MLP.
+    activation: the activation's module, where the host calls it between the site, which is `up`, and `down`.
+    emptied: the modules that nn.Identity replaces. With any, the site computes act(up(x)), or up(x) alone, and
+        the host then applies what is emptied.
+    examples: classes with such an MLP.
     """
 
     name: str
@@ -33,8 +35,9 @@ class Family:
     down: str = ""
     gate: str | None = None
     site: str = ""
+    activation: str = ""
     emptied: tuple[str, ...] = ()
-    example: str = ""
+    examples: tuple[str, ...] = ()
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -44,27 +47,62 @@ FAMILIES: tuple[Family, ...] = (
         down="output.dense",
         site="intermediate",
         emptied=("output.dense",),
-        example="transformers.BertModel",
+        examples=("transformers.BertModel", "transformers.RobertaForSequenceClassification"),
     ),
-    Family("CLIP, SigLIP, ViT of transformers 5", up="fc1", down="fc2", example="transformers.CLIPVisionModel"),
+    Family(
+        "CLIP, SigLIP, DINOv2, ViT of transformers 5 and of timm",
+        up="fc1",
+        down="fc2",
+        examples=("transformers.CLIPModel", "transformers.Dinov2Model", "timm.models.VisionTransformer"),
+    ),
     Family(
         "LLaMA, Mistral, Qwen, Gemma",
         up="up_proj",
         down="down_proj",
         gate="gate_proj",
-        example="transformers.LlamaModel",
+        examples=(
+            "transformers.LlamaForCausalLM",
+            "transformers.MistralModel",
+            "transformers.Qwen2Model",
+            "transformers.Qwen3Model",
+            "transformers.GemmaModel",
+        ),
     ),
-    Family("plain", example="torch.nn.Sequential(Linear, GELU, Linear)"),
+    Family("DistilBERT", up="lin1", down="lin2", examples=("transformers.DistilBertModel",)),
+    Family("GPT-2, open_clip", up="c_fc", down="c_proj", examples=("transformers.GPT2LMHeadModel", "open_clip.CLIP")),
+    Family("T5", up="wi", down="wo", examples=("transformers.T5Model",)),
+    Family(
+        "T5 1.1, Flan-T5, mT5",
+        up="wi_1",
+        down="wo",
+        gate="wi_0",
+        examples=("transformers.T5ForConditionalGeneration",),
+    ),
+    Family(
+        "Whisper, BART",
+        up="fc1",
+        down="fc2",
+        site="fc1",
+        activation="activation_fn",
+        emptied=("activation_fn", "fc2"),
+        examples=("transformers.WhisperModel", "transformers.BartModel"),
+    ),
+    Family("any other, ViT of torchvision", examples=("torchvision.models.VisionTransformer", "torch.nn.Sequential")),
 )
 
 
 @dataclass(frozen=True)
 class MLPSite:
-    """One MLP of a model. host: its dotted path in the model, "" for the model itself."""
+    """One MLP of a model.
+
+    host: its dotted path in the model, "" for the model itself.
+    batch_first: hidden states are [B, N, d] there; if False [N, B, d].
+    """
 
     host: str
     family: Family
     parts: MLPParts
+    batch_first: bool = True
 
     @property
     def path(self) -> str:
@@ -116,7 +154,7 @@ def _search(model: nn.Module) -> tuple[list[MLPSite], list[str]]:
             skipped[path] = found
             continue
         family, parts = found
-        site = MLPSite(path, family, parts)
+        site = MLPSite(path, family, parts, _batch_first(modules, path))
         sites.append(site)
         inside.update(modules[site.path].modules())
     if not sites:
@@ -129,7 +167,7 @@ def _match(host: nn.Module) -> tuple[Family, MLPParts] | list[str]:
     reasons: list[str] = []
     for family in FAMILIES:
         try:
-            parts = _parts(host, family)
+            parts = parts_of(host, family)
         except InputError as error:
             if str(error) not in reasons and (family.up or not reasons):
                 reasons.append(str(error))
@@ -139,20 +177,23 @@ def _match(host: nn.Module) -> tuple[Family, MLPParts] | list[str]:
     return reasons
 
 
-def _parts(host: nn.Module, family: Family) -> MLPParts | None:
+def parts_of(host: nn.Module, family: Family) -> MLPParts | None:
     """The parts of the family's MLP in this host; None without such paths, InputError if it does not fit."""
     if not family.up:
         return recognise(host)
     named = _named(host, family)
-    if named is None:
+    site, activation = _get(host, family.site), _get(host, family.activation)
+    if named is None or (family.activation and activation is None):
         return None
-    site = _get(host, family.site)
     if not family.emptied or site is None:
         parts = recognise(host)
-    elif isinstance(named["down"], nn.Linear):
+    elif not is_linear(named["down"]):
+        raise InputError(f"{family.down}: expected nn.Linear; found {type(named['down']).__name__}")
+    elif activation is None:
         parts = recognise_split(site, named["down"])
     else:
-        raise InputError(f"{family.down}: expected nn.Linear; found {type(named['down']).__name__}")
+        parts = recognise_split(nn.Sequential(site, activation), named["down"])
+        check_chain(host, (parts.up, activation, parts.down))
     return parts if parts.linears() == named else None
 
 
@@ -169,6 +210,17 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         found = None if found is None else found._modules.get(name)
     return found
+
+
+def _batch_first(modules: dict[str, nn.Module], path: str) -> bool:
+    """False where the nearest attention of PyTorch's own at or above a module takes [N, B, d]."""
+    names = path.split(".") if path else []
+    for end in range(len(names), -1, -1):
+        children = modules[".".join(names[:end])].children()
+        attention = [child for child in children if isinstance(child, nn.MultiheadAttention)]
+        if attention:
+            return attention[0].batch_first
+    return True
 
 
 def _odd_ones_out(modules: dict[str, nn.Module], sites: Iterable[MLPSite], skipped: dict[str, list[str]]) -> list[str]:

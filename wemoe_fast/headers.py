@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,20 +268,36 @@ def read_tensor(entry: TensorEntry, first: int = 0, count: int | None = None) ->
     Raises:
         CheckpointError: the file cannot be read or became shorter.
     """
-    shape = entry.shape if count is None else (count,)
-    tensor = torch.empty(shape, dtype=entry.dtype)
-    if tensor.numel() == 0:
-        return tensor
-    into = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-    done = 0
+    tensor = torch.empty(entry.shape if count is None else (count,), dtype=entry.dtype)
+    _read_into(entry, tensor.view(1, -1), [first])
+    return tensor
+
+
+def read_columns(entry: TensorEntry, first: int, count: int) -> Tensor:
+    """Columns [first, first + count) of a matrix: [rows, count].
+
+    Raises:
+        CheckpointError: the file cannot be read or became shorter.
+    """
+    rows, columns = entry.shape
+    block = torch.empty(rows, count, dtype=entry.dtype)
+    _read_into(entry, block, range(first, first + rows * columns, columns))
+    return block
+
+
+def _read_into(entry: TensorEntry, block: Tensor, places: Iterable[int]) -> None:
+    """Fill the rows of a block [n, count] from the elements at n places on."""
+    if block.numel() == 0:
+        return
     try:
         with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.start + first * entry.dtype.itemsize)
-            while done < len(into):
-                read = file.readinto(into[done:])
-                if not read:
-                    raise CheckpointError(f"{entry.path}: {entry.name}: the file ends inside of it; it was changed")
-                done += read
+            for row, first in zip(block.view(torch.uint8).numpy(), places, strict=True):
+                into, done = memoryview(row.data), 0
+                file.seek(entry.start + first * entry.dtype.itemsize)
+                while done < len(into):
+                    read = file.readinto(into[done:])
+                    if not read:
+                        raise CheckpointError(f"{entry.path}: {entry.name}: the file ends inside of it; it was changed")
+                    done += read
     except OSError as error:
         raise CheckpointError(f"{entry.path}: {entry.name}: cannot be read: {error.strerror or error}") from error
-    return tensor

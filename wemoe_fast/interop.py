@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .linears import is_transposed
 from .mlp import FastWEMoEMLP
 from .router import Router
 from .structure import parse_mlp
@@ -51,10 +52,9 @@ def from_wemoe(module: nn.Module) -> FastWEMoEMLP:
     names = {id(parameter): name for name, parameter in base.named_parameters()}
     merged = {}
     for role, linear in parts.linears().items():
-        bias = None
-        if linear.bias is not None:
-            bias = _stack(linear.bias, vectors, names[id(linear.bias)])
-        merged[role] = MergedLinear(_stack(linear.weight, vectors, names[id(linear.weight)]), bias)
+        stacks = {kind: _stack(p, vectors, names[id(p)]) for kind, p in linear.named_parameters()}
+        weight = stacks["weight"].mT.contiguous() if is_transposed(linear) else stacks["weight"]
+        merged[role] = MergedLinear(weight, stacks.get("bias"))
     result = FastWEMoEMLP(
         router=_router(module, len(vectors), parts.in_features),
         up=merged["up"],

@@ -23,7 +23,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import InputError
 
-_INPUTS = {"input_ids", "pixel_values"}
+_FRAMES = {"input_features", "input_values"}
+"""Arguments of a model of sounds: its masks count frames, of which several become a token, and are no token masks."""
+
+_INPUTS = {"input_ids", "pixel_values"} | _FRAMES
 """Arguments of a whole model: called without a mask it has none, whatever the model around it was given."""
 
 _Key = tuple[int, torch.Size]
@@ -133,11 +136,12 @@ class _Enter:
     def __init__(self, masks: TokenMasks, parameters: list[str], outermost: bool) -> None:
         self.masks, self.position = masks, parameters.index("attention_mask")
         self.outermost, self.whole_model = outermost, not _INPUTS.isdisjoint(parameters)
+        self.frames = not _FRAMES.isdisjoint(parameters)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[self.position] if len(args) > self.position else kwargs.get("attention_mask")
-        mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
-        inherits = not self.outermost and not (given is None and self.whole_model)
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 and not self.frames else None
+        inherits = not self.outermost and not self.frames and not (given is None and self.whole_model)
         self.masks.enter(mask, _input(args, kwargs), inherits)
 
 
@@ -174,8 +178,9 @@ def connect(model: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
         above = _listening(model, path)
         if not above:
             continue
-        masks = by_outermost.setdefault(above[-1], TokenMasks())
         mlp = model.get_submodule(path)
+        known = getattr(mlp, "token_masks", None)  # of a layer that several models share
+        masks = by_outermost.setdefault(above[-1], known or TokenMasks())
         setattr(mlp, "token_masks", masks)  # noqa: B010 (a module, for mypy, holds tensors)
         for name in above:
             module = model.get_submodule(name)
@@ -186,7 +191,7 @@ def connect(model: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(_Leave(masks), always_call=True))
         for module in (*model.get_submodule(above[0]).children(), mlp):
-            if module not in noting | listening:
+            if module not in noting | listening and (module is not mlp or known is None):
                 noting.add(module)
                 handles.append(module.register_forward_pre_hook(_Note(masks), with_kwargs=True))
     for masks in by_outermost.values():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .activations import lookup
 from .errors import InputError
+from .linears import weight_of
 from .masks import TokenMasks
 from .prompts import PromptWeights, check_routing
 from .router import Router
@@ -141,7 +142,7 @@ class FastWEMoEMLP(nn.Module):
             role: MergedLinear.from_linears(linear, [e.linears()[role] for e in experts.values()])
             for role, linear in base.linears().items()
         }
-        weight = base.up.weight
+        weight = weight_of(base.up)
         router = Router(
             base.in_features,
             len(experts),

@@ -28,6 +28,7 @@ from .config import Recipe
 from .errors import CheckpointError, WEMoEError
 from .families import MLPSite, locate_mlps
 from .headers import TensorEntry, read_checkpoint
+from .linears import bias_of, is_transposed, sizes, weight_of
 from .mlp import FastWEMoEMLP
 from .router import Router
 from .sharded import TensorSpec
@@ -48,10 +49,11 @@ class Merged:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The stack [1+T, ...] of base and task vectors."""
+    """The stack [1+T, ...] of base and task vectors, each transposed first where the inputs are [in, out]."""
 
     base: TensorEntry
     experts: tuple[TensorEntry, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,8 @@ def _plan(
             for kind, stacked in (("weight", "stack"), ("bias", "bias")):
                 whole = sources.pop(f"{paths[linear]}.{kind}", None)
                 if isinstance(whole, Merged):
-                    sources[f"{site.path}.{role}.{stacked}"] = Stacked(whole.base, whole.experts)
+                    transposed = kind == "weight" and is_transposed(linear)
+                    sources[f"{site.path}.{role}.{stacked}"] = Stacked(whole.base, whole.experts, transposed)
         for name in layers[site.path].router.state_dict():
             sources[f"{site.path}.router.{name}"] = Initialised(site.path, name)
     emptied = tuple(path for site in sites for path in site.emptied)
@@ -402,14 +405,16 @@ def _activation_problems(name: str, expert: nn.Module, base: nn.Module, sites: l
 
 def _layer(site: MLPSite, recipe: Recipe) -> FastWEMoEMLP:
     """The site's WEMoE layer on the meta device."""
-    experts, dtype = len(recipe.experts), site.parts.up.weight.dtype
+    experts, dtype = len(recipe.experts), weight_of(site.parts.up).dtype
     with torch.device("meta"):
         linears: dict[str, Any] = {
-            role: MergedLinear.empty(experts, linear.out_features, linear.in_features, linear.bias is not None)
+            role: MergedLinear.empty(experts, *sizes(linear)[::-1], bias_of(linear) is not None)
             for role, linear in site.parts.linears().items()
         }
         router = new_router(site.parts.in_features, recipe, dtype)
-        return FastWEMoEMLP(router=router, activation=site.parts.activation, **linears).to(dtype)
+        return FastWEMoEMLP(
+            router=router, activation=site.parts.activation, batch_first=site.batch_first, **linears
+        ).to(dtype)
 
 
 def new_router(in_features: int, recipe: Recipe, dtype: torch.dtype) -> Router:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, InputError
-from .headers import INDEX_FILE, TensorEntry, read_tensor, weight_files
+from .headers import INDEX_FILE, TensorEntry, read_columns, read_tensor, weight_files
 from .preflight import Copied, Initialised, Merged, MergePlan, Stacked, new_router
 from .sharded import Piece, Shard, TensorSpec, write_shards
 from .upscale import seeded, wemoe_layers
@@ -113,7 +113,14 @@ class _Inputs:
         self.nonfinite: Counter[TensorEntry] = Counter()
 
     def read(self, entry: TensorEntry, first: int, count: int) -> Tensor:
-        slab = read_tensor(entry, first, count)
+        return self._counted(entry, read_tensor(entry, first, count))
+
+    def read_transposed(self, entry: TensorEntry, first: int, count: int) -> Tensor:
+        """Elements [first, first + count), whole rows, of the transposed matrix."""
+        rows = entry.shape[0]
+        return self._counted(entry, read_columns(entry, first // rows, count // rows).t().reshape(-1))
+
+    def _counted(self, entry: TensorEntry, slab: Tensor) -> Tensor:
         if slab.is_floating_point() or slab.is_complex():
             values = torch.view_as_real(slab) if slab.is_complex() else slab
             values = values if values.dtype.itemsize > 1 else values.float()
@@ -149,8 +156,9 @@ class _Routers:
         return new_router(stack.shape[2], self._recipe, stack.dtype).state_dict()
 
 
-def _slabs(entry: TensorEntry) -> Iterator[tuple[int, int]]:
-    return ((first, min(SLAB, entry.numel - first)) for first in range(0, entry.numel, SLAB))
+def _slabs(entry: TensorEntry, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    step = max(1, SLAB // max(1, multiple)) * max(1, multiple)
+    return ((first, min(step, entry.numel - first)) for first in range(0, entry.numel, step))
 
 
 def _merged(spec: TensorSpec, source: Merged, inputs: _Inputs, scaling: float) -> Iterator[Piece]:
@@ -167,12 +175,13 @@ def _merged(spec: TensorSpec, source: Merged, inputs: _Inputs, scaling: float) -
 def _stacked(spec: TensorSpec, source: Stacked, inputs: _Inputs) -> Iterator[Piece]:
     """``task_vectors.task_vectors``, the same operations."""
     wide = torch.promote_types(spec.dtype, torch.float32)
-    for first, count in _slabs(source.base):
-        base = inputs.read(source.base, first, count).to(spec.dtype)
+    read = inputs.read_transposed if source.transposed else inputs.read
+    for first, count in _slabs(source.base, source.base.shape[0] if source.transposed else 1):
+        base = read(source.base, first, count).to(spec.dtype)
         yield first, base
         reference = base.to(wide)
         for place, expert in enumerate(source.experts, 1):
-            tuned = inputs.read(expert, first, count).to(spec.dtype).to(wide)
+            tuned = read(expert, first, count).to(spec.dtype).to(wide)
             yield place * source.base.numel + first, (tuned - reference).to(spec.dtype)
 
 

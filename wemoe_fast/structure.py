@@ -9,10 +9,12 @@ hard to tell apart.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from wemoe_fast.activations import ACTIVATIONS
 from wemoe_fast.errors import InputError
+from wemoe_fast.linears import bias_of, is_linear, is_transposed, sizes, weight_of
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # With unit-gain weights, rounding stays below 1e-6 and gelu differs from gelu_tanh by more than 1e-4.
@@ -32,15 +35,15 @@ TOKEN_SCALES = (0.7, 1.5, 3.0, 30.0, 100.0)
 
 @dataclass(frozen=True)
 class MLPParts:
-    """y = down(act(up(x))) or, gated, down(act(gate(x)) * up(x)). No copies: the module's own."""
+    """y = down(act(up(x))) or, gated, down(act(gate(x)) * up(x)). No copies: the module's own linears."""
 
-    up: nn.Linear
-    down: nn.Linear
+    up: nn.Module
+    down: nn.Module
     activation: str
-    gate: nn.Linear | None = None
+    gate: nn.Module | None = None
 
-    def linears(self) -> dict[str, nn.Linear]:
-        """{"up": ..., "down": ...} and, if gated, "gate"."""
+    def linears(self) -> dict[str, nn.Module]:
+        """{"up": ..., "down": ...} and, if gated, "gate"; see ``wemoe_fast.linears``."""
         linears = {"up": self.up, "down": self.down}
         if self.gate is not None:
             linears["gate"] = self.gate
@@ -48,15 +51,15 @@ class MLPParts:
 
     @property
     def in_features(self) -> int:
-        return self.up.in_features
+        return sizes(self.up)[0]
 
     @property
     def hidden_features(self) -> int:
-        return self.up.out_features
+        return sizes(self.up)[1]
 
     @property
     def out_features(self) -> int:
-        return self.down.out_features
+        return sizes(self.down)[1]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class _Layout:
 def parse_mlp(module: nn.Module) -> MLPParts:
     """The parts of an MLP module, its activation found by running it.
 
-    The module holds two nn.Linear, or three if gated, in any order, and no other parameters (so no PReLU, no
+    The module holds two linears, or three if gated, in any order, and no other parameters (so no PReLU, no
     norm); it maps [1, N, in] to [1, N, out]. It runs in eval mode, so dropout is a no-op, and is left as it
     was, training flags and the global random state included.
 
@@ -90,7 +93,7 @@ def parse_mlp(module: nn.Module) -> MLPParts:
     return parts
 
 
-def parse_split_mlp(site: nn.Module, down: nn.Linear) -> MLPParts:
+def parse_split_mlp(site: nn.Module, down: nn.Module) -> MLPParts:
     """The parts of an MLP in two modules: `site` computes act(up(x)); `down` comes right after it, elsewhere.
 
     `site` is verified as in `parse_mlp`; that `down` is applied to its output is the caller's knowledge.
@@ -122,7 +125,7 @@ def recognise(module: nn.Module) -> MLPParts:
     )
 
 
-def recognise_split(site: nn.Module, down: nn.Linear) -> MLPParts:
+def recognise_split(site: nn.Module, down: nn.Module) -> MLPParts:
     """`parse_split_mlp` without a look at the weights' values, dtype or device."""
     linears = _linears(site)
     problems = _structure_problems(site, linears, expected=(1,))
@@ -131,7 +134,7 @@ def recognise_split(site: nn.Module, down: nn.Linear) -> MLPParts:
         [up] = linears.values()
         if up is down:
             problems.append("expected two linears, up and down; found one in both roles")
-        elif up.out_features != down.in_features:
+        elif sizes(up)[1] != sizes(down)[0]:
             problems.append(
                 f"expected linears that chain (up: d -> h, down: h -> k); found {_shape(up)} and {_shape(down)}"
             )
@@ -139,6 +142,38 @@ def recognise_split(site: nn.Module, down: nn.Linear) -> MLPParts:
         raise InputError.of(_describe(site), problems)
     layout, activation = _probe(site, linears, [_Layout(up=next(iter(linears)))])
     return MLPParts(up=linears[layout.up], down=down, activation=activation)
+
+
+def check_chain(host: nn.Module, chain: Sequence[nn.Module]) -> None:
+    """Raise InputError unless `host`, run once, hands every module of `chain` just what the one before it gave.
+
+    It must be the very tensor (dropout in evaluation mode returns what it is given). The first of `chain` is a
+    linear; `host` is run on zeros [1, 2, in] of its dtype and device, None for whatever else it asks for.
+    """
+    seen: list[tuple[nn.Module, Any, Any]] = []
+    weight = weight_of(chain[0])
+    x = torch.zeros(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    arguments = inspect.signature(host.forward).parameters.values()
+    needed = [a for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD and a.default is a.empty]
+    handles = [
+        module.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output)))
+        for module in chain
+    ]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _eval_mode(host):
+            host(x, *[None] * (len(needed) - 1))
+    except Exception as error:
+        raise InputError(
+            f"{_describe(host)}: expected a function of hidden states; running it on {list(x.shape)} failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = [module for module, _, _ in seen]
+    if ran != list(chain) or any(given is not gave for (_, _, gave), (_, given, _) in pairwise(seen)):
+        names = " -> ".join(type(module).__name__ for module in chain)
+        raise InputError(f"{_describe(host)}: expected {names} one after the other; found something in between")
 
 
 def value_problems(parameters: Mapping[str, Tensor]) -> list[str]:
@@ -161,21 +196,21 @@ def value_problems(parameters: Mapping[str, Tensor]) -> list[str]:
 def mlp_like(module: nn.Module) -> str | None:
     """The two or three linears of a module that might be an MLP, "a: 4 -> 16, b: 16 -> 4"; else None."""
     everywhere = _linears(module)
-    own = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    own = {name: child for name, child in module.named_children() if is_linear(child)}
     linears = everywhere if len(everywhere) in (2, 3) else own
     chained = any(
-        up.out_features == down.in_features and up.in_features == down.out_features != up.out_features
+        sizes(up) == sizes(down)[::-1] and sizes(up)[0] != sizes(up)[1]
         for up, down in permutations(linears.values(), 2)
     )
     return _shapes(linears) if chained and len(linears) in (2, 3) else None
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
     found = module.named_modules(remove_duplicate=False)
-    return {name: child for name, child in found if isinstance(child, nn.Linear)}
+    return {name: child for name, child in found if is_linear(child)}
 
 
-def _structure_problems(module: nn.Module, linears: Mapping[str, nn.Linear], expected: tuple[int, ...]) -> list[str]:
+def _structure_problems(module: nn.Module, linears: Mapping[str, nn.Module], expected: tuple[int, ...]) -> list[str]:
     problems = []
     if len(linears) not in expected:
         numbers = " or ".join(str(n) for n in expected)
@@ -203,18 +238,18 @@ def _structure_problems(module: nn.Module, linears: Mapping[str, nn.Linear], exp
     return problems
 
 
-def _layouts(linears: Mapping[str, nn.Linear]) -> Iterator[_Layout]:
+def _layouts(linears: Mapping[str, nn.Module]) -> Iterator[_Layout]:
     """Every assignment of roles that fits the shapes."""
     for names in permutations(linears):
         up, down, *rest = (linears[name] for name in names)
         gate = rest[0] if rest else up
-        if up.out_features == down.in_features and _shape(gate) == _shape(up):
+        if sizes(up)[1] == sizes(down)[0] and sizes(gate) == sizes(up):
             yield _Layout(up=names[0], down=names[1], gate=names[2] if rest else None)
 
 
-def _probe(module: nn.Module, linears: Mapping[str, nn.Linear], layouts: Sequence[_Layout]) -> tuple[_Layout, str]:
+def _probe(module: nn.Module, linears: Mapping[str, nn.Module], layouts: Sequence[_Layout]) -> tuple[_Layout, str]:
     """The layout and activation whose formula gives what the module gives, on random weights and input."""
-    device, dtype = _probe_on(next(iter(linears.values())).weight)
+    device, dtype = _probe_on(weight_of(next(iter(linears.values()))))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -222,25 +257,25 @@ def _probe(module: nn.Module, linears: Mapping[str, nn.Linear], layouts: Sequenc
 
     weights: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, linear in linears.items():
-        rows, columns = linear.out_features, linear.in_features
+        columns, rows = sizes(linear)
         # A Hankel matrix: as good as a random one here, at the cost of one vector of random numbers.
         weight = (random(rows + columns - 1) / columns**0.5).as_strided((rows, columns), (1, 1)).contiguous()
-        weights[name] = (weight, None if linear.bias is None else 0.3 * random(rows))
+        weights[name] = (weight, None if bias_of(linear) is None else 0.3 * random(rows))
 
     fits: list[tuple[float, _Layout, str]] = []
     failures: list[str] = []
-    for width in dict.fromkeys(linears[layout.up].in_features for layout in layouts):
+    for width in dict.fromkeys(sizes(linears[layout.up])[0] for layout in layouts):
         x = random(1, len(TOKEN_SCALES), width)
         x = x / x.square().mean(-1, keepdim=True).sqrt()
         x = x * torch.tensor(TOKEN_SCALES, dtype=dtype, device=device)[:, None]
         x = torch.cat([x, -x], 1)  # [1, tokens, width]
         try:
-            y = _run(module, weights, x)
+            y = _run(module, linears, weights, x)
         except InputError as failure:
             failures.append(str(failure))
             continue
         for layout in layouts:
-            if linears[layout.up].in_features == width:
+            if sizes(linears[layout.up])[0] == width:
                 candidates = _candidates(layout, weights, x)
                 if candidates.shape[1:] == y.shape:
                     fits += [(error, layout, name) for name, error in _errors(candidates, y).items()]
@@ -267,11 +302,16 @@ def _probe_on(weight: Tensor) -> tuple[torch.device, torch.dtype]:
     return device, torch.float64 if wide else torch.float32
 
 
-def _run(module: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor | None]], x: Tensor) -> Tensor:
+def _run(
+    module: nn.Module,
+    linears: Mapping[str, nn.Module],
+    weights: Mapping[str, tuple[Tensor, Tensor | None]],
+    x: Tensor,
+) -> Tensor:
     """The module's output with other weights."""
     parameters = {}
     for name, (weight, bias) in weights.items():
-        parameters[f"{name}.weight".removeprefix(".")] = weight
+        parameters[f"{name}.weight".removeprefix(".")] = weight.t() if is_transposed(linears[name]) else weight
         if bias is not None:
             parameters[f"{name}.bias".removeprefix(".")] = bias
     devices = [x.device] if x.device.type == "cuda" else []
@@ -328,15 +368,15 @@ def _describe(module: nn.Module) -> str:
     return f"MLP ({type(module).__name__})"
 
 
-def _shape(linear: nn.Linear) -> str:
-    return f"{linear.in_features} -> {linear.out_features}"
+def _shape(linear: nn.Module) -> str:
+    return "{} -> {}".format(*sizes(linear))
 
 
-def _shapes(linears: Mapping[str, nn.Linear]) -> str:
+def _shapes(linears: Mapping[str, nn.Module]) -> str:
     return ", ".join(f"{name or 'itself'}: {_shape(linear)}" for name, linear in linears.items())
 
 
-def _listed(names: Mapping[str, nn.Linear] | Sequence[str], most: int = 6) -> str:
+def _listed(names: Mapping[str, nn.Module] | Sequence[str], most: int = 6) -> str:
     shown = [name or "itself" for name in list(names)[:most]]
     if len(names) > most:
         shown.append(f"{len(names) - most} more")

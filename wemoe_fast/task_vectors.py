@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
+from .linears import bias_of, weight_of
 
 
 def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -71,12 +72,11 @@ class MergedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def from_linears(cls, base: nn.Linear, experts: Sequence[nn.Linear]) -> MergedLinear:
+    def from_linears(cls, base: nn.Module, experts: Sequence[nn.Module]) -> MergedLinear:
         """Stack one base linear and the same linear of T experts; shapes are the caller's to check."""
-        bias = None
-        if base.bias is not None:
-            bias = task_vectors(base.bias, [e.bias for e in experts])
-        return cls(task_vectors(base.weight, [e.weight for e in experts]), bias)
+        biases = [bias for bias in map(bias_of, (base, *experts)) if bias is not None]
+        bias = task_vectors(biases[0], biases[1:]) if biases else None
+        return cls(task_vectors(weight_of(base), [weight_of(e) for e in experts]), bias)
 
     @classmethod
     def empty(cls, experts: int, out_features: int, in_features: int, bias: bool) -> MergedLinear:
@@ -85,6 +85,11 @@ class MergedLinear(nn.Module):
             torch.empty(1 + experts, out_features, in_features),
             torch.empty(1 + experts, out_features) if bias else None,
         )
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight [h, d], for models that read dtype, device or shape of their linears."""
+        return self.stack[0]
 
     def forward(
         self,

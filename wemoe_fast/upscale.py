@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .families import MLPSite, find_mlps
+from .families import MLPSite, find_mlps, parts_of
 from .generation import connect_generation
 from .interop import is_wemoe
+from .linears import is_linear, sizes
 from .masks import connect
 from .mlp import FastWEMoEMLP
 from .prompts import check_routing
-from .structure import MLPParts, recognise, recognise_split
+from .structure import MLPParts
 from .task_vectors import check_experts
 
 
@@ -93,6 +94,7 @@ def upscale(
                 batch_reduce=batch_reduce,
                 batch_invariant=batch_invariant,
                 decode_routing=decode_routing,
+                batch_first=site.batch_first,
                 subject=f"MLP {site.path!r}",
             )
             for site in sites
@@ -113,12 +115,9 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
         if path == "":
             model = layer
         else:
+            _keep_names(layer, model.get_submodule(path))
             set_module(model, path, layer)
-    for module in model.modules():
-        # Hugging Face's BERT can feed an MLP some tokens at a time; each chunk would be routed by itself.
-        for owner in (module, getattr(module, "config", None)):
-            if getattr(owner, "chunk_size_feed_forward", 0):
-                setattr(owner, "chunk_size_feed_forward", 0)  # noqa: B010
+    whole_samples(model)
     model.eval().requires_grad_(False)
     for layer in layers.values():
         layer.router.requires_grad_(True)
@@ -126,6 +125,23 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
     connect_generation(model)
     object.__setattr__(model, "wemoe_info", info)
     return model
+
+
+def _keep_names(layer: FastWEMoEMLP, original: nn.Module) -> None:
+    """Let the model around go on reading dtypes and shapes of its linears under their names, as open_clip does."""
+    merged = [linear for linear in (layer.up, layer.down, layer.gate) if linear is not None]
+    for name, child in original.named_children():
+        alike = [m for m in merged if is_linear(child) and m.stack.shape[1:] == sizes(child)[::-1]]
+        if alike and not hasattr(layer, name):
+            object.__setattr__(layer, name, alike[0])
+
+
+def whole_samples(model: nn.Module) -> None:
+    """Let every MLP see all tokens of a sample at once, in place: Hugging Face's can be fed some at a time."""
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            if getattr(owner, "chunk_size_feed_forward", 0):
+                setattr(owner, "chunk_size_feed_forward", 0)  # noqa: B010
 
 
 def task_arithmetic(base: nn.Module, experts: Mapping[str, nn.Module], scaling: float = 0.3) -> nn.Module:
@@ -281,10 +297,8 @@ def expert_parts(name: str, expert: nn.Module, base: nn.Module, sites: Sequence[
                 linears: dict[str, Any] = {role: expert.get_submodule(path) for role, path in where.items()}
                 found[site.path] = MLPParts(activation=site.parts.activation, **linears)
                 continue
-            down: Any = expert.get_submodule(where["down"])
-            module = expert.get_submodule(site.path)
-            parts = recognise_split(module, down) if site.emptied else recognise(module)
-            if parts.linears() != {role: expert.get_submodule(path) for role, path in where.items()}:
+            parts = parts_of(expert.get_submodule(site.host), site.family)
+            if parts is None or parts.linears() != {role: expert.get_submodule(path) for role, path in where.items()}:
                 raise InputError(f"expected the linears in the roles {where}, found them in others")
             found[site.path] = parts
         except (AttributeError, InputError) as error:
