@@ -39,7 +39,7 @@ def forward(hidden: Tensor, token_mask: Tensor | None, weight: Tensor | None, bi
     dtype = compute_dtype(hidden)
     if weight is not None and bias is not None:
         weight, bias = weight.to(dtype), bias.to(dtype)
-    # Threads of PyTorch's that have just worked wait busily for more, and would be in the way of the workers after this.
+    # After work PyTorch's threads wait busily for more, in the way of the workers that follow.
     workers = worker_count(hidden.device) if weight is not None and hidden.numel() * width >= WORTH_SHARING else 1
     for group in spans(hidden.shape[0], _group(hidden, hidden.shape[2] + width)):
         tokens = hidden[group] if weight is None else hidden[group].to(dtype)
