@@ -387,7 +387,7 @@ def test_such_a_host_that_cannot_be_run_is_refused():
         def forward(self, x, needed):
             return super().forward(x, None) + needed.sum()
 
-    with pytest.raises(UnknownArchitectureError, match="expected a function of hidden states.*AttributeError"):
+    with pytest.raises(UnknownArchitectureError, match=r"expected a function of hidden states.*AttributeError"):
         find_mlps(nn.ModuleList([Picky()]))
 
 

@@ -13,6 +13,7 @@ from .errors import CheckpointError, ConfigError, InputError, UnknownArchitectur
 from .mlp import FastWEMoEMLP
 from .ops import merged_linear, route
 from .router import Router
+from .shared import share
 from .upscale import accelerate_, expert_names, task_arithmetic, upscale, weight_average, wemoe_layers
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "merged_linear",
     "route",
     "save",
+    "share",
     "task_arithmetic",
     "upscale",
     "weight_average",
