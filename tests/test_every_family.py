@@ -135,6 +135,15 @@ def test_outputs_and_router_gradients_are_those_of_the_loop_over_samples(name):
 
 
 @EVERY
+def test_a_sample_is_routed_by_itself(name):
+    model, given = merged(name), inputs(name)
+    weights = routing(model, given)
+    assert weights.shape[1:] == (3, 2)
+    alone = routing(model, {key: value[1:2] for key, value in given.items()})
+    torch.testing.assert_close(alone[:, 0], weights[:, 1], atol=1e-5, rtol=1e-5)
+
+
+@EVERY
 def test_a_saved_model_is_read_back(name, tmp_path):
     model = merged(name)
     save(model, tmp_path / "merged")
