@@ -14,6 +14,7 @@ from .generation import PromptRouting
 from .mlp import FastWEMoEMLP
 from .ops import merged_linear, route
 from .router import Router
+from .shared import share
 from .upscale import accelerate_, expert_names, task_arithmetic, upscale, weight_average, wemoe_layers
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "merged_linear",
     "route",
     "save",
+    "share",
     "task_arithmetic",
     "upscale",
     "weight_average",
