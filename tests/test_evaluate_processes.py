@@ -33,11 +33,11 @@ def task():
     batch = made.data.batch
 
     def stalling(indices):
-        if os.environ.get("RANK") == os.environ.get("STALLED_RANK") and indices[0] in made.stalled:
+        if made.stalled in indices and os.environ.get("STALLED_RANK", "none") == os.environ.get("RANK"):
             time.sleep(600)
         return batch(indices)
 
-    made.data.batch, made.stalled = stalling, {{65, 66}}
+    made.data.batch, made.stalled = stalling, 57
     return made
 """
 
