@@ -35,10 +35,9 @@ typedef int32_t integer;
 #endif
 #define VL (VECTOR / (int)sizeof(real))
 #define NR (2 * VL)
-#define NB 60   /* tokens that are multiplied at once */
-#define FEW 6    /* samples that are merged at once: their sums fit in the registers */
+#define NB 60 /* tokens that are multiplied at once */
+#define GROUP 6 /* samples that are merged at once: their sums fit in the registers */
 #define PAGE 4096
-#define GROUP 6  /* samples that a tile of the stack is merged for while it is in cache */
 #define OUTER_ROWS (3 * NR) /* of an outer product, with its columns and those of the samples under way in cache */
 #define OUTER_COLUMNS (10 * NR)
 
@@ -172,7 +171,7 @@ static void gather_tile(real *s, const void *stack, int kind, long T1, long size
 
 /* out[g][0:NR] = sum_t w[g][t] s[t][0:NR] for `count` samples. */
 INLINE void merge_few(const int count, long T1, const real *w, const real *s, real *out, long os) {
-  vec low[FEW], high[FEW];
+  vec low[GROUP], high[GROUP];
 #pragma GCC unroll 6
   for (int g = 0; g < count; g++) low[g] = high[g] = (vec){0};
   for (long t = 0; t < T1; t++) {
@@ -227,18 +226,14 @@ INLINE void transpose(const real *from, real *to) {
 /* Panels out[g][panel][k][NR] of a tile of `blocks` blocks, merged with w [count, T1]; `turned` where the columns of the
    panels run along the rows of the stack. */
 static void merge_tile(long count, long T1, const real *w, const real *s, long blocks, int turned, real *out) {
-  real merged[FEW][NR * NR];
+  real merged[GROUP][NR * NR];
   const long sample = blocks * NR * NR;
-  for (long i = 0; i < blocks; i++)
-    for (long g = 0; g < count; g += FEW) {
-      const long few = least(FEW, count - g);
-      real *to = out + g * sample + i * NR * NR;
-      if (turned) {
-        merge(few, T1, w + g * T1, s + i * NR * T1 * NR, merged[0], NR * NR);
-        for (long f = 0; f < few; f++) transpose(merged[f], to + f * sample);
-      } else {
-        merge(few, T1, w + g * T1, s + i * NR * T1 * NR, to, sample);
-      }
+  for (long i = 0; i < blocks; i++, s += NR * T1 * NR, out += NR * NR)
+    if (turned) {
+      merge(count, T1, w, s, merged[0], NR * NR);
+      for (long g = 0; g < count; g++) transpose(merged[g], out + g * sample);
+    } else {
+      merge(count, T1, w, s, out, sample);
     }
 }
 

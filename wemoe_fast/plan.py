@@ -71,8 +71,6 @@ class Plan:
     compute_dtype: torch.dtype
     reason: str
     workers: int = 1
-    one_sample: bool = False
-    """One weight serves the batch: all tokens are treated as those of one sample."""
 
 
 @lru_cache
@@ -113,20 +111,16 @@ def choose(
             "strategy 'shared': expected routing_weights with one row for the whole batch, "
             f"found {tuple(routing_weights.shape)} for {B} samples; use 'chunked' or 'auto'"
         )
-    obstacle = kernels.why_not(x.device, x.dtype)
-    no_native = _why_not_native(x, stack)
-    for name, reason in (("fused", obstacle), ("native", no_native)):
-        if strategy == name and reason is not None:
-            raise InputError(f"strategy {name!r}: {reason}; use 'auto'")
-    one_sample = routing_weights.shape[0] == 1
     if strategy != "auto":
-        plan = _sized(strategy, "asked for", x, stack, B, N, backward)
-        return replace(plan, one_sample=one_sample) if strategy == "native" else plan
-    if one_sample:
+        reason = _obstacle(strategy, x, stack)
+        if reason is not None:
+            raise InputError(f"strategy {strategy!r}: {reason}; use 'auto'")
+        return _sized(strategy, "asked for", x, stack, B, N, backward)
+    if routing_weights.shape[0] == 1:
         return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
-    if x.device.type == "cuda" and obstacle is None:
+    if x.device.type == "cuda" and _obstacle("fused", x, stack) is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
-    in_cache = no_native is None and _worthwhile(x, N)
+    in_cache = _worthwhile(x, N) and _obstacle("native", x, stack) is None
     token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
     if token * N + merge * (1 + T) + write > (1 + T) * N:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"
@@ -136,14 +130,17 @@ def choose(
     return _sized("chunked", f"{N} tokens: merging costs less than {T} more products", x, stack, B, N, backward)
 
 
-def _why_not_native(x: Tensor, stack: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"a CPU is needed, found device {x.device}"
-    return native.why_not(x.dtype, stack.dtype)
+def _obstacle(strategy: str, x: Tensor, stack: Tensor) -> str | None:
+    """Why a strategy cannot run here; the CPU kernels are compiled where they are asked for."""
+    if strategy == "fused":
+        return kernels.why_not(x.device, x.dtype)
+    if strategy != "native":
+        return None
+    return native.why_not(x.dtype, stack.dtype) if x.device.type == "cpu" else f"expected a CPU, found {x.device}"
 
 
 def _worthwhile(x: Tensor, N: int) -> bool:
-    """The CPU kernels compute in float32 or wider: not where the processor multiplies 16-bit numbers itself."""
+    """Whether the CPU kernels win; they compute in float32 or wider: not where the CPU multiplies 16-bit numbers."""
     dtype = compute_dtype(x)
     return dtype.itemsize > 2 and (N < NATIVE_TOKENS or dtype != x.dtype)
 
@@ -196,7 +193,7 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     rows = _fit(h, slab // workers, max(group, converted) * d * size)
     if not backward:
         rows = min(rows, -(-h // (8 * workers)) * 8)
-    return Plan(strategy, group, rows, dtype, reason, workers, one_sample=strategy == "shared")
+    return Plan(strategy, group, rows, dtype, reason, workers)
 
 
 def _slab_bytes(device: torch.device, backward: bool) -> int:
