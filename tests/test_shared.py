@@ -150,6 +150,19 @@ def test_heads_of_another_kind_at_other_places():
     torch.testing.assert_close(found, hidden)
 
 
+def test_a_task_model_fixes_its_routing_while_it_generates():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)
+    base, *tuned = (randomised(transformers.LlamaForCausalLM(config)) for _ in range(3))
+    shared = share(base, dict(zip("ab", tuned, strict=True)))
+    model = wake(upscale(base, shared.experts, router_depth=1)).double()
+    own = shared.model_of("a", model)
+    options = {"input_ids": IDS, "attention_mask": MASK.flip(1), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**options)
+    assert torch.equal(own.generate(**options), expected)
+    assert not torch.equal(type(own).generate(own, **options), expected)  # routes each token anew
+
+
 def test_models_that_differ_in_nothing_are_merged_whole():
     base, experts = encoder(), {"a": encoder(), "b": encoder()}
     shared = share(base, experts)
