@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from family_models import TEXT
 from torch import nn
 
 from wemoe_fast import InputError, load, save, upscale, wemoe_layers
@@ -9,14 +10,6 @@ from wemoe_fast.shared import share
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 16,
-}
 IDS = torch.randint(10, 39, (3, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 4 + [0] * 3, [1] * 7, [1] * 7])
 
