@@ -124,6 +124,14 @@ def test_strided_operands():
     assert not strided[:, :, 0].any()
 
 
+@pytest.mark.parametrize("real", EXACT, ids=str)
+def test_rows_a_page_apart(real):
+    """They would drive each other out of the cache where they lie, and are copied."""
+    x, dy, *others = operands(2, 61, 300, 150, 3, real, real)
+    pages = [torch.full((2, 61, 1024), torch.nan, dtype=real)[:, :, : t.shape[2]].copy_(t) for t in (x, dy)]
+    assert_exact(*pages, *others)
+
+
 def test_more_tokens_than_are_under_way_at_once(monkeypatch):
     x, dy, stack, w, bias = operands(3, 70, 24, 40, 3)
     whole, pieces = torch.empty_like(dy), torch.empty_like(dy)
