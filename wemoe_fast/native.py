@@ -12,11 +12,11 @@ from torch import Tensor
 from . import chunked
 from .activations import lookup
 from .kernels import native as kernel
-from .plan import Plan, choose, tokens_in_a_quarter
+from .plan import WORKSPACE_BYTES, Plan, choose, tokens_in_a_quarter
 from .slabs import Gradients, coefficients, finish, spans, wide
 
-ACTIVATED_BYTES = 8 << 20
-"""What of a result may be computed before it is activated: so much is still in the cache that all cores share."""
+ACTIVATED_BYTES = WORKSPACE_BYTES // 16
+"""What of a result is computed before it is activated: it is in cache then, and may need three temporaries as large."""
 
 
 def forward(
@@ -31,21 +31,14 @@ def forward(
     if bias is not None:
         bias = bias.to(coefficient.dtype).contiguous()
     act = lookup(activation)
-    width = h if activation == "none" else _columns_in_cache(y, plan)
-    # The activation needs its result and at most three temporaries of that size.
-    step = tokens_in_a_quarter(4 * B * width, wide(x.dtype))
+    whole = activation == "none" or y.nbytes <= ACTIVATED_BYTES
+    parts = plan.rows * plan.workers
+    width = h if whole else parts * max(1, ACTIVATED_BYTES * h // (y.nbytes * parts))
     for columns in spans(h, width):
         kernel.merged_product(x, stack, coefficient, bias, y, columns, most=plan.rows, threads=plan.workers)
-        if activation != "none":
-            for tokens in spans(N, step):
-                y[:, tokens, columns] = act(y[:, tokens, columns])
-    return y
-
-
-def _columns_in_cache(y: Tensor, plan: Plan) -> int:
-    """How many columns of y [B, N, h] are activated at once: as many as stay in cache, and a part for every worker."""
-    parts = plan.rows * plan.workers
-    return parts * max(1, ACTIVATED_BYTES // (y.shape[0] * y.shape[1] * parts * y.element_size()))
+        for tokens in () if whole else spans(N, tokens_in_a_quarter(4 * B * width, wide(x.dtype))):
+            y[:, tokens, columns] = act(y[:, tokens, columns])
+    return act(y) if whole else y
 
 
 def backward(

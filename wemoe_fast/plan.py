@@ -53,10 +53,9 @@ WORKSPACE_BYTES = 48 << 20
 
 Merged weights, the outer products of the backward pass, a slab of the stack in another dtype, and activations that
 are converted or on their way through the activation function take at most a quarter each (forward on a GPU merged
-weights half, where no slab is converted). (A slab has at least 8
-rows: the bound holds while 8 rows of 1+T experts fit in a quarter; ``native`` takes a tile for every thread and 16 MiB.) Not counted: the results (a gradient of a 16-bit
-stack is summed in float32), and copies of strided inputs: of the stack, and of x where one weight is shared by the
-batch.
+weights half, where no slab is converted). (A slab has at least 8 rows: the bound holds while 8 rows of 1+T experts fit
+in a quarter. ``native`` takes 16 MiB and 1 for every thread.) Not counted: the results (a gradient of a 16-bit stack
+is summed in float32), and copies of strided inputs: of the stack, and of x where one weight is shared by the batch.
 """
 
 
@@ -119,8 +118,9 @@ def choose(
             raise InputError(f"strategy {strategy!r}: {reason}; use 'auto'")
         return _sized(strategy, "asked for", x, stack, B, N, backward)
     in_cache = _worthwhile(x, B, N) and _obstacle("native", x, stack) is None
-    if routing_weights.shape[0] == 1 and not (in_cache and B == 1):
-        return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
+    if routing_weights.shape[0] == 1:
+        strategy = "native" if in_cache and B == 1 else "shared"
+        return _sized(strategy, "one merged weight serves the whole batch", x, stack, B, N, backward)
     if x.device.type == "cuda" and _obstacle("fused", x, stack) is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
     token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
@@ -143,8 +143,8 @@ def _obstacle(strategy: str, x: Tensor, stack: Tensor) -> str | None:
 
 def _worthwhile(x: Tensor, B: int, N: int) -> bool:
     """Whether the CPU kernels win; they compute in float32 or wider: not where the CPU multiplies 16-bit numbers."""
-    dtype = compute_dtype(x)
-    return dtype.itemsize > 2 and (N < (NATIVE_TOKENS if B > 1 else NATIVE_TOKENS_ALONE) or dtype != x.dtype)
+    dtype, end = compute_dtype(x), NATIVE_TOKENS if B > 1 else NATIVE_TOKENS_ALONE
+    return dtype.itemsize > 2 and (end > N or dtype != x.dtype)
 
 
 def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
