@@ -183,7 +183,7 @@ class _Skeletons:
     def of(self, directory: Path, entries: Iterable[TensorEntry]) -> nn.Module:
         """The model of a Hugging Face checkpoint in the dtype it would be loaded in.
 
-        ``entries``: its tensors, the first of which give the dtype where ``config.json`` does not.
+        ``entries``: its tensors, which give the dtype where ``config.json`` does not.
 
         Raises:
             CheckpointError: no ``config.json``, or one that cannot be understood.
@@ -193,7 +193,7 @@ class _Skeletons:
         try:
             with quiet_transformers():
                 config = cls.config_class.from_pretrained(str(directory), local_files_only=True)
-                dtype = _dtype(config) or next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
+                dtype = _dtype(config) or _first_dtype(entries)
                 major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
                 setattr(config, "dtype" if (major, minor) >= (4, 56) else "torch_dtype", dtype)
                 content = {**config.to_dict(), "_name_or_path": "", "transformers_version": ""}
@@ -212,6 +212,12 @@ def _dtype(config: Any) -> torch.dtype | None:
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _first_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
+    """That of the first tensor of the first file, by name, as transformers has it."""
+    found = min((e for e in entries if e.dtype in DTYPES), key=lambda e: (e.path.name, e.name), default=None)
+    return torch.float32 if found is None else found.dtype
 
 
 @contextmanager
