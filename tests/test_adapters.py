@@ -1,8 +1,11 @@
 """LoRA adapters against the library that makes them: our expert is peft's merge_and_unload, streamed and in memory."""
 
 import copy
+import ctypes
+import gc
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import family_models
 import pytest
@@ -18,7 +21,7 @@ from wemoe_fast.preflight import plan_merge
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft", reason="the library that makes adapters")
 
-from test_streaming import files, in_memory  # noqa: E402
+from test_streaming import files, in_memory, resident  # noqa: E402
 
 BERT, GPT2, LLAMA = "BERT", "GPT-2", "LLaMA"
 QUERIES = {BERT: ["query", "dense"], GPT2: ["c_attn", "c_fc", "c_proj"], LLAMA: ["q_proj", "up_proj", "down_proj"]}
@@ -320,3 +323,24 @@ def test_what_an_adapter_is_and_another_base_are_reported(one):
     _, other = plan_merge(one).notes
     assert "its adapter was trained on 'somebody/bert-large', the recipe's base is 'base'" in other
     assert other in coverage(plan_merge(one))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+@pytest.mark.filterwarnings("ignore")
+def test_memory_does_not_grow_with_the_model_and_the_number_of_adapters(tmp_path, monkeypatch):
+    """A base of 12 MiB in bfloat16 and four adapters: whole models would take 100 MiB and more."""
+    monkeypatch.setattr(streaming, "SLAB", 1 << 16)
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "vocab_size": 8000}
+    base = transformers.BertModel(transformers.BertConfig(**{**family_models.TEXT, **sizes})).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    for number in range(4):
+        adapter(base, tmp_path / f"a{number}", number, r=8, target_modules=["query", "dense", "word_embeddings"])
+    recipe = Recipe(tmp_path / "base", {f"a{n}": tmp_path / f"a{n}" for n in range(4)})
+    plan = plan_merge(recipe)
+    merge_to_directory(recipe, tmp_path / "warm", max_shard_bytes=4 << 20)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmHWM")
+    merge_to_directory(recipe, tmp_path / "out", max_shard_bytes=4 << 20)
+    assert resident("VmHWM") - before <= streaming.workspace_bytes(plan) < 24 << 20

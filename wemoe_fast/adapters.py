@@ -159,7 +159,7 @@ def fit(adapter: Adapter, names: StoredNames, *, share: bool) -> Fitted:
     for name, entry in adapter.whole.items():
         target = names.of(name)
         shape = tuple(names.targets[target].shape) if target is not None and target in names.parameters else None
-        if entry.shape != shape and share and not any(stack in name for stack in inside):
+        if entry.shape != shape and share and not any(stack in f"{names.prefix}.{name}" for stack in inside):
             fitted.left.append(name)
         elif target is None or shape is None:
             fitted.problems.append(

@@ -5,11 +5,8 @@ The models are built on the meta device: no tensor of any checkpoint is read.
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +16,7 @@ from torch import nn
 
 from . import shared
 from .adapters import Adapter, fit, is_adapter, read_adapter
-from .checkpoint import (
-    architecture,
-    import_transformers,
-    is_wemoe_directory,
-    quiet_transformers,
-    transformers_class,
-)
+from .checkpoint import is_wemoe_directory
 from .config import Recipe
 from .errors import CheckpointError, WEMoEError
 from .families import MLPSite, locate_mlps
@@ -36,6 +27,7 @@ from .mlp import FastWEMoEMLP
 from .operands import LowRank, Operand
 from .router import Router
 from .sharded import TensorSpec
+from .skeletons import Skeletons
 from .stored_names import StoredNames
 from .structure import DTYPES
 from .task_vectors import MergedLinear
@@ -141,7 +133,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     stored: dict[str, dict[str, TensorEntry]] = {}
     skeletons: dict[str, nn.Module] = {}
     adapters: dict[str, Adapter] = {}
-    made = _Skeletons()
+    made = Skeletons()
     problems: list[str] = []
     for name, directory in directories.items():
         try:
@@ -161,7 +153,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     base = skeletons[BASE]
     names = StoredNames(base)
     own = {name: names if name == BASE or not recipe.share else StoredNames(m) for name, m in skeletons.items()}
-    found = {name: _assign(name, directories[name], stored[name], own[name], problems) for name in stored}
+    found = {name: _assign(name, directories[name], stored[name], own[name], recipe.share, problems) for name in stored}
     for name, adapter in adapters.items():
         found[name] = _adapted(name, adapter, found[BASE], names, recipe.share, problems)
     problems += [] if recipe.share else _class_problems(skeletons, directories)
@@ -174,76 +166,10 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     return _plan(recipe, skeletons, adapters, found, names)
 
 
-class _Skeletons:
-    """Models on the meta device, one for all checkpoints of the same configuration."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, nn.Module] = {}
-
-    def of(self, directory: Path, entries: Iterable[TensorEntry]) -> nn.Module:
-        """The model of a Hugging Face checkpoint in the dtype it would be loaded in.
-
-        ``entries``: its tensors, which give the dtype where ``config.json`` does not.
-
-        Raises:
-            CheckpointError: no ``config.json``, or one that cannot be understood.
-        """
-        transformers = import_transformers()
-        cls = transformers_class(directory, architecture(directory))
-        try:
-            with quiet_transformers():
-                config = cls.config_class.from_pretrained(str(directory), local_files_only=True)
-                dtype = _dtype(config) or _first_dtype(entries)
-                major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-                setattr(config, "dtype" if (major, minor) >= (4, 56) else "torch_dtype", dtype)
-                content = {**config.to_dict(), "_name_or_path": "", "transformers_version": ""}
-                key = f"{cls.__name__} {json.dumps(content, sort_keys=True, default=str)}"
-                if key not in self._made:
-                    with _default_dtype(dtype), torch.device("meta"), torch.random.fork_rng(devices=[]):
-                        self._made[key] = cls(config).eval()
-                    _keep_in_float32(self._made[key], dtype)
-        except Exception as error:  # a damaged config.json can fail anywhere in another package
-            reason = f"could not be read as {cls.__name__}: {error}"
-            raise CheckpointError(f"{directory / 'config.json'}: {reason}") from error
-        return self._made[key]
-
-
-def _dtype(config: Any) -> torch.dtype | None:
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _first_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
-    """That of the first tensor of the first file, by name, as transformers has it."""
-    found = min((e for e in entries if e.dtype in DTYPES), key=lambda e: (e.path.name, e.name), default=None)
-    return torch.float32 if found is None else found.dtype
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
-    """Modules that transformers keeps in float32 in a model of half precision."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        if any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in kept):
-            parameter.data = parameter.data.float()
-
-
 def _assign(
-    owner: str, directory: Path, stored: Mapping[str, TensorEntry], names: StoredNames, problems: list[str]
+    owner: str, directory: Path, stored: Mapping[str, TensorEntry], names: StoredNames, own: bool, problems: list[str]
 ) -> _Checkpoint:
-    """Give the stored tensors the model's names; tied tensors that of the first."""
+    """Give the stored tensors the model's names, an expert's ``own`` or the base's; tied tensors that of the first."""
     entries: dict[str, TensorEntry] = {}
     ignored, twins = [], []
     for name, entry in stored.items():
@@ -251,7 +177,8 @@ def _assign(
         if target is None and names.ignores(name):
             ignored.append(name)
         elif target is None:
-            reason = f"is no part of {type(names.model).__name__}{'' if owner == BASE else ', the class of the base'}"
+            whose = "" if owner == BASE or own else ", the class of the base"
+            reason = f"is no part of {type(names.model).__name__}{whose}"
             if names.converted(name):
                 reason = "is one that transformers takes apart or joins when it loads, which a merge cannot"
             problems.append(
