@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from wemoe_fast import CheckpointError, InputError, streaming
 from wemoe_fast.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, read_adapter, with_adapter
 from wemoe_fast.config import Recipe
+from wemoe_fast.convert import convert
 from wemoe_fast.merge import baselines, coverage, load_recipe_models, merge_to_directory
 from wemoe_fast.preflight import plan_merge
 
@@ -309,9 +310,18 @@ def test_files_that_are_missing_pickled_or_too_many_are_named(one, tmp_path):
     with pytest.raises(CheckpointError, match=r"found both, adapter_config.json and model.safetensors"):
         plan_merge(one)
     (directory / "model.safetensors").unlink()
-    (directory / ADAPTER_WEIGHTS).rename(directory / "adapter_model.bin")
+    expected = load_file(directory / ADAPTER_WEIGHTS)
+    torch.save(expected, directory / "adapter_model.bin")
+    (directory / "optimizer.pt").write_bytes(b"of the training")
+    (directory / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model.bin, a pickle"):
         plan_merge(one)
+    convert(directory, tmp_path / "safe")
+    assert sorted(path.name for path in (tmp_path / "safe").iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    found = load_file(tmp_path / "safe" / ADAPTER_WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    plan_merge(replace(one, experts={"one": tmp_path / "safe"}))
     (directory / "adapter_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"expected adapter_model.safetensors beside adapter_config.json"):
         plan_merge(one)

@@ -1,13 +1,14 @@
 """What docs/experts.md shows works as it stands there."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from test_preflight import classifiers
 
-from wemoe_fast.config import load_recipe
+from wemoe_fast.config import Recipe, load_recipe
 from wemoe_fast.merge import merge_to_directory
 
 pytest.importorskip("transformers")
@@ -28,6 +29,11 @@ def test_the_recipe_is_one(tmp_path):
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.base, *recipe.experts.values()) == tuple(tmp_path / name for name in names)
     assert recipe.share
+
+
+def test_every_key_of_a_recipe_is_in_the_table():
+    cells = [row.split("|")[1] for row in re.findall(r"^\| `.*", DOCUMENT, re.MULTILINE)]
+    assert {key for cell in cells for key in re.findall(r"`(\w+)`", cell)} == {f.name for f in fields(Recipe)}
 
 
 def test_an_own_head_on_the_merged_layers(tmp_path, monkeypatch):

@@ -20,13 +20,23 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .families import locate_mlps
-from .headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, problems_of, read_header, read_json, read_tensor
+from .headers import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    TensorEntry,
+    conversion_command,
+    problems_of,
+    read_header,
+    read_json,
+    read_tensor,
+)
 from .linears import is_transposed
 from .operands import LowRank
 from .shared import stacks
 from .stored_names import StoredNames
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 WAY_OUT = "merge it into its base with peft (merge_and_unload), save that, and name the result as the expert"
 
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"}
@@ -226,10 +236,10 @@ def _weights(directory: Path) -> Path:
     path = directory / ADAPTER_WEIGHTS
     if path.is_file():
         return path
-    if (directory / "adapter_model.bin").is_file():
+    if (directory / ADAPTER_PICKLE).is_file():
         raise CheckpointError(
-            f"{directory}: expected {ADAPTER_WEIGHTS}, found adapter_model.bin, a pickle, which can run code when "
-            "opened. Where it can be trusted, load it with peft and save it again, which writes safetensors"
+            f"{directory}: expected {ADAPTER_WEIGHTS}, found {ADAPTER_PICKLE}, a pickle, which can run code when "
+            f"opened. Convert it, without running any: {conversion_command(directory)}"
         )
     raise CheckpointError(f"{directory}: expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG}, found none")
 
