@@ -117,10 +117,17 @@ def test_an_update_too_small_for_the_dtype_of_the_base_is_kept(tmp_path):
     recipe, _ = project(tmp_path, BERT, torch.bfloat16)
     path = recipe.experts["one"] / ADAPTER_WEIGHTS
     tensors = {name: t * (1e-4 if "lora_B" in name else 1) for name, t in load_file(path).items()}
+    module = "base_model.model.encoder.layer.0.intermediate.dense"
+    base = load_file(recipe.base / "model.safetensors")["encoder.layer.0.intermediate.dense.bias"].float()
+    tensors[f"{module}.bias"] = base + 2.0**-20  # stored whole, in float32
     save_file(tensors, path)
     merge_to_directory(recipe, tmp_path / "out")
-    stack = load_file(tmp_path / "out" / "model.safetensors")["encoder.layer.0.intermediate.up.stack"]
-    module = "base_model.model.encoder.layer.0.intermediate.dense"
+    assert files(tmp_path / "out") == files(in_memory(recipe, tmp_path / "expected"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stack = stored["encoder.layer.0.intermediate.up.stack"]
+    shift = tensors[f"{module}.bias"] - base
+    assert shift.count_nonzero() > 0
+    assert torch.equal(stored["encoder.layer.0.intermediate.up.bias"][1], shift.bfloat16())
     update = 5 / 3 * tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
     torch.testing.assert_close(stack[1].float(), update, rtol=2**-7, atol=2e-7)
 
@@ -201,13 +208,16 @@ def rewrite(recipe, change):
     [
         ({"peft_type": "IA3"}, "peft_type: expected LORA, found 'IA3'; merge it into its base with peft"),
         ({"peft_type": None}, "peft_type: expected LORA, found None"),
-        ({"use_dora": True}, "use_dora: found True"),
-        ({"megatron_config": {"a": 1}}, "megatron_config: found"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication: found [[0, 2], [1, 2]]"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices: found [3]"),
+        (
+            {"use_dora": True},
+            "use_dora = True: the expert is more than its base and these tensors; merge it into its base",
+        ),
+        ({"megatron_config": {"a": 1}}, "megatron_config = {'a': 1}: the expert"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication = [[0, 2], [1, 2]]:"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices = [3]:"),
         ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"of_the_future": 0.5}, "of_the_future: found 0.5, which a merge from the adapter's tensors alone"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa', which changes the base's weights; merge"),
+        ({"of_the_future": 0.5}, "of_the_future = 0.5:"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa':"),
         ({"r": 0}, "r: expected an integer of at least 1, found 0"),
         ({"lora_alpha": "big"}, "lora_alpha: expected a number, found 'big'"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: expected integers of at least 1 by module"),
@@ -227,8 +237,10 @@ def test_what_is_not_understood_is_refused_by_name(one, changes, part):
 
 def test_everything_wrong_with_a_configuration_comes_at_once(one):
     configure(one, use_dora=True, r=None, init_lora_weights="olora")
-    with pytest.raises(CheckpointError, match="3 problems"):
+    with pytest.raises(CheckpointError, match="2 problems") as caught:
         read_adapter(one.experts["one"])
+    assert "use_dora = True, init_lora_weights = 'olora': the expert is more" in str(caught.value)
+    assert "r: expected an integer of at least 1, found None" in str(caught.value)
 
 
 QUERY = "base_model.model.encoder.layer.{}.attention.self.query.lora_{}.weight"

@@ -248,14 +248,12 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"peft_type: expected LORA, found {kind!r:.40}; {WAY_OUT}"]
-    problems = [
-        f"{key}: found {value!r:.60}, which a merge from the adapter's tensors alone cannot follow; {WAY_OUT}"
-        for key, value in config.items()
-        if value and key not in _READ | _OF_NO_MATTER
-    ]
+    beyond = {key: value for key, value in config.items() if value and key not in _READ | _OF_NO_MATTER}
     start = config.get("init_lora_weights")
     if start not in _INITIALISATIONS:
-        problems.append(f"init_lora_weights: found {start!r:.40}, which changes the base's weights; {WAY_OUT}")
+        beyond["init_lora_weights"] = start
+    found = ", ".join(f"{key} = {value!r:.60}" for key, value in beyond.items())
+    problems = [f"{found}: the expert is more than its base and these tensors; {WAY_OUT}"] if beyond else []
     kinds: dict[str, tuple[str, bool]] = {
         "r": ("an integer of at least 1", _is_rank(config.get("r"))),
         "lora_alpha": ("a number", _is_alpha(config.get("lora_alpha"))),

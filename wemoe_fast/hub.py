@@ -24,12 +24,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def is_id(text: str, root: Path = Path()) -> bool:
-    """True for what reads like a model on the Hub and is nothing here.
+    """True for what reads like a model on the Hub and not like a path here.
 
-    Where there is a directory of the organisation's name, it is taken for a path, and for a mistake in it.
+    Where there is a directory of the organisation's name it is a path, to a directory or by mistake to none.
     """
-    found = _ID.fullmatch(text)
-    return found is not None and not (root / text).exists() and not (root / text.partition("/")[0]).is_dir()
+    return _ID.fullmatch(text) is not None and not (root / text.partition("/")[0]).is_dir()
 
 
 def located(text: str | Path) -> Path:
@@ -113,7 +112,8 @@ def same_model(name: str, directory: Path) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    sentence = " ".join(str(error).split()).partition(". ")[0]
+    return f"{type(error).__name__}: {sentence[:200]}"
 
 
 def _without_weights(name: str, directory: Path) -> str:
