@@ -182,6 +182,24 @@ def test_the_adapter_of_a_classifier_needs_share(tmp_path):
     assert_same(load_recipe_models(recipe)[1]["one"], expert.bert, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_adapted_of_a_head_that_the_base_lacks_is_left_too(tmp_path):
+    base = base_of(BERT)
+    base.save_pretrained(tmp_path / "base")
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**family_models.TEXT, tie_word_embeddings=False))
+    model.bert.load_state_dict(base.state_dict(), strict=False)
+    expert = adapter(model, tmp_path / "one", target_modules=["query", "dense"])
+    recipe = Recipe(tmp_path / "base", {"one": tmp_path / "one"})
+    head = "cls.predictions.transform.dense"
+    with pytest.raises(CheckpointError, match=f"{head} is no linear layer or embedding of BertModel"):
+        plan_merge(recipe)
+    recipe = replace(recipe, share=True)
+    assert plan_merge(recipe).left == {"one": (head,)}
+    _, ours = load_recipe_models(recipe)
+    found = ours["one"].encoder.layer[1].output.dense.weight
+    torch.testing.assert_close(found, expert.bert.encoder.layer[1].output.dense.weight)
+
+
 @pytest.fixture
 def one(tmp_path):
     """A recipe with one adapter over a BERT, easily broken."""
@@ -255,6 +273,11 @@ def elsewhere(tensors):
         tensors[QUERY.format(7, part)] = tensors[QUERY.format(1, part)].clone()
 
 
+def twice(tensors):
+    for part in "AB":
+        tensors[f"base_model.model.bert.{QUERY.format(1, part)[17:]}"] = tensors[QUERY.format(1, part)].clone()
+
+
 def magnitude(tensors):
     tensors["base_model.model.encoder.layer.0.attention.self.query.lora_magnitude_vector"] = torch.ones(16)
 
@@ -273,6 +296,7 @@ def integers(tensors):
     [
         (without_a, "encoder.layer.0.attention.self.query: expected A and B, found lora_B.weight alone"),
         (elsewhere, "encoder.layer.7.attention.self.query is no linear layer or embedding of BertModel"),
+        (twice, "encoder.layer.1.attention.self.query.weight is adapted twice"),
         (magnitude, "lora_magnitude_vector: expected lora_A and lora_B"),
         (mis_shaped, "expected floating numbers of shape (16, 3) for rank 3, found (17, 3)"),
         (mis_shaped, "pooler.dense.bias: expected floating numbers of shape (16,) as in the base, found (3,)"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import CheckpointError
 from .families import locate_mlps
@@ -34,6 +34,7 @@ from .linears import is_transposed
 from .operands import LowRank
 from .shared import stacks
 from .stored_names import StoredNames
+from .structure import DTYPES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
@@ -155,7 +156,7 @@ def read_adapter(directory: Path) -> Adapter:
 def fit(adapter: Adapter, names: StoredNames, *, share: bool) -> Fitted:
     """Find the places of an adapter's tensors in a base.
 
-    With ``share``, whole tensors outside of the base's layers that it has no place for, or another shape, are left.
+    With ``share``, what is outside of the base's layers and does not fit there is left.
     """
     fitted, file = Fitted(), adapter.directory / ADAPTER_WEIGHTS
     inside = stacks(names.model, locate_mlps(names.model))
@@ -163,7 +164,14 @@ def fit(adapter: Adapter, names: StoredNames, *, share: bool) -> Fitted:
         first for name, first in names.first.items() if name != first
     }
     for module, parts in adapter.parts.items():
-        _fit_update(module, parts, adapter, names, tied, fitted)
+        update, problems = _updates(module, parts, adapter, names, tied)
+        problems += [f"{module}: {name} is adapted twice; in {file}" for name in update.keys() & fitted.updates.keys()]
+        if problems and share and not any(stack in f"{names.prefix}.{module}." for stack in inside):
+            fitted.left.append(module)
+        elif problems:
+            fitted.problems += problems
+        else:
+            fitted.updates |= update
     hint = "" if share else "; share: true in the recipe leaves it to the expert"
     given: dict[str, set[str]] = {}
     for name, entry in adapter.whole.items():
@@ -176,7 +184,7 @@ def fit(adapter: Adapter, names: StoredNames, *, share: bool) -> Fitted:
                 f"{name} is no part of {type(names.model).__name__}, the class of the base: shape {entry.shape}, "
                 f"in {file}{hint}"
             )
-        elif entry.shape != shape or not entry.dtype.is_floating_point:
+        elif entry.shape != shape or entry.dtype not in DTYPES:
             fitted.problems.append(
                 f"{name}: expected floating numbers of shape {shape} as in the base, found {entry.shape}, "
                 f"{str(entry.dtype).removeprefix('torch.')}, in {file}{hint}"
@@ -270,11 +278,11 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value < 1 << 31
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _is_pattern(value: Any, fits: Any) -> bool:
@@ -291,59 +299,46 @@ def _pattern(patterns: Iterable[str], module: str) -> str:
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
 
 
-def _fit_update(
-    module: str,
-    parts: Mapping[str, TensorEntry],
-    adapter: Adapter,
-    names: StoredNames,
-    tied: set[str],
-    fitted: Fitted,
-) -> None:
+def _updates(
+    module: str, parts: Mapping[str, TensorEntry], adapter: Adapter, names: StoredNames, tied: set[str]
+) -> tuple[dict[str, LowRank], list[str]]:
+    """What an adapter adds to a module's weight and bias, by their names in the base, and what does not fit."""
     file = adapter.directory / ADAPTER_WEIGHTS
     target = names.of(f"{module}.weight")
     if target not in names.parameters or target is None:
-        fitted.problems.append(
-            f"{module} is no linear layer or embedding of {type(names.model).__name__}, the class of the base; "
-            f"adapted in {file}"
-        )
-        return
+        cls = type(names.model).__name__
+        return {}, [f"{module} is no linear layer or embedding of {cls}, the class of the base; adapted in {file}"]
     if target in tied:
         others = sorted(name for name, first in names.first.items() if first == names.first[target] and name != target)
-        fitted.problems.append(
+        return {}, [
             f"{module}: the base ties its weight to {', '.join(others)}, which would change with it, unlike in "
             f"training; adapted in {file}"
-        )
-        return
+        ]
     layer = names.model.get_submodule(target.rpartition(".")[0])
-    weight: Tensor = names.targets[target]
     embedding = isinstance(layer, nn.Embedding)
     kind = "lora_embedding_A" if embedding else "lora_A.weight"
     if kind not in parts:
-        fitted.problems.append(
-            f"{module}: expected {kind} for a {type(layer).__name__}, found {', '.join(sorted(parts))} in {file}"
-        )
-        return
-    a, b = parts[kind], parts[kind.replace("A", "B")]
+        found = ", ".join(sorted(parts))
+        return {}, [f"{module}: expected {kind} for a {type(layer).__name__}, found {found} in {file}"]
+    a, b, shift = parts[kind], parts[kind.replace("A", "B")], parts.get("lora_B.bias")
     transposed, rank = embedding or is_transposed(layer), adapter.rank_of(module)
-    shape = tuple(weight.shape)
+    shape = tuple(names.targets[target].shape)
     out, inputs = (shape[1], shape[:1]) if transposed else (shape[0], shape[1:])
-    expected = {a: (rank, *inputs), b: (out, rank, *(1,) * (len(inputs) - 1))}
-    for part, wanted in expected.items():
-        if part.shape != wanted or not part.dtype.is_floating_point:
-            fitted.problems.append(
-                f"{part.name}: expected floating numbers of shape {wanted} for rank {rank}, found {part.shape}, "
-                f"{str(part.dtype).removeprefix('torch.')}, in {file}"
-            )
+    expected = {a: (rank, *inputs), b: (out, rank, *(1,) * (len(inputs) - 1))} | ({shift: (out,)} if shift else {})
+    problems = [
+        f"{part.name}: expected floating numbers of shape {wanted} for rank {rank}, found {part.shape}, "
+        f"{str(part.dtype).removeprefix('torch.')}, in {file}"
+        for part, wanted in expected.items()
+        if part.shape != wanted or part.dtype not in DTYPES
+    ]
+    bias = names.of(f"{module}.bias")
+    if shift is not None and bias not in names.parameters:
+        problems.append(f"{shift.name}: expected a bias in the base to add it to, found none; in {file}")
     scaling = adapter.scaling_of(module)
-    fitted.updates[target] = LowRank(_matrix(a, rank), _matrix(b, out), scaling, transposed)
-    shift = parts.get("lora_B.bias")
-    if shift is not None:
-        bias = names.of(f"{module}.bias")
-        if bias is None or shift.shape != (out,):
-            found = "none in the base" if bias is None else f"shape {shift.shape} in {file}"
-            fitted.problems.append(f"{shift.name}: expected a bias of shape {(out,)} to add it to, found {found}")
-        else:
-            fitted.updates[bias] = LowRank(None, replace(shift, shape=(out, 1)), scaling)
+    updates = {target: LowRank(_matrix(a, rank), _matrix(b, out), scaling, transposed)}
+    if shift is not None and bias is not None:
+        updates[bias] = LowRank(None, replace(shift, shape=(shift.numel, 1)), scaling)
+    return updates, problems
 
 
 def _matrix(entry: TensorEntry, rows: int) -> TensorEntry:
