@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_preflight import classifiers
+from test_expert_formats import classifiers
 
 from wemoe_fast.config import Recipe, load_recipe
 from wemoe_fast.merge import merge_to_directory
