@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from family_models import TEXT
+from safetensors.torch import load_file
 
 from wemoe_fast import CheckpointError, share, streaming, wemoe_layers
 from wemoe_fast.config import Recipe
@@ -14,7 +15,6 @@ from wemoe_fast.preflight import plan_merge
 
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import load_file  # noqa: E402
 from test_preflight import edit, rewrite  # noqa: E402
 from test_streaming import build, files, in_memory, write  # noqa: E402
 
