@@ -12,10 +12,8 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ import torch
 from wemoe_fast.cli import main as wemoe_fast
 from wemoe_fast.report import write_json
 
+from .kills import child
 from .project import write_project
 
 COMPARED = ("metrics.json", "predictions.jsonl", "routing.json")
@@ -42,28 +41,13 @@ class Kill:
     problems: list[str]
 
 
-def evaluate(project: Path, out: Path) -> int:
-    """The verb, its table unseen; the exit status."""
+def evaluate(project: Path, out: Path) -> None:
+    """The verb, its table unseen; RuntimeError where it fails."""
     arguments = ["evaluate", str(project / "model"), "--tasks", str(project / "tasks.yaml"), "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()):
-        return wemoe_fast([*arguments, "--threads", "1", "--quiet", "--overwrite"])
-
-
-def start(project: Path, out: Path) -> int:
-    """Fork a process that evaluates; its id."""
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        status = evaluate(project, out)
-    finally:
-        os._exit(status)
-
-
-def finish(process: int) -> int:
-    """Wait for a process; its exit status, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        status = wemoe_fast([*arguments, "--threads", "1", "--quiet", "--overwrite"])
+    if status:
+        raise RuntimeError(f"evaluate ended with {status}")
 
 
 def recorded_samples(out: Path) -> int:
@@ -74,15 +58,11 @@ def recorded_samples(out: Path) -> int:
 
 def kill_once(project: Path, expected: dict[str, bytes], total: int, seconds: float, out: Path) -> Kill:
     """Evaluate, kill after `seconds`, evaluate again, compare."""
-    process = start(project, out)
-    time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)
-    finished = finish(process) == 0
+    finished = child(lambda: evaluate(project, out), seconds) == 0
     recorded = recorded_samples(out)
     problems = []
-    status = finish(start(project, out))
-    if status:
-        problems.append(f"the rerun ended with {status}")
+    if child(lambda: evaluate(project, out)):
+        problems.append("the rerun failed")
     else:
         (row,) = json.loads((out / "timing.json").read_text())["rows"].values()
         computed = sum(row["computed"].values())
@@ -97,10 +77,9 @@ def run(kills: int, seed: int, samples: int, directory: Path) -> list[Kill]:
     torch.set_num_threads(1)  # before anything computes: a process with a pool of threads must not fork
     project = directory / "project"
     write_project(project, samples)
-    if evaluate(project, directory / "expected"):  # in this process: what is imported on the way is there for all
-        raise RuntimeError("the uninterrupted run failed")
+    evaluate(project, directory / "expected")  # in this process: what is imported on the way is there for all
     begun = time.perf_counter()
-    if finish(start(project, directory / "timed")):
+    if child(lambda: evaluate(project, directory / "timed")):
         raise RuntimeError("the uninterrupted run failed")
     duration = time.perf_counter() - begun
     expected = {name: (directory / "expected" / name).read_bytes() for name in COMPARED}

@@ -8,14 +8,12 @@ into imports.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ import torch
 
 from wemoe_fast.report import write_json
 
+from .kills import child
 from .synthetic import write_recipe
 
 Files = dict[str, bytes]
@@ -105,7 +104,7 @@ def kill_at_random(scenario: Scenario, kills: int, *, seed: int = 0, sig: int = 
         scenario.prepare()
         before = scenario.intact()
         moment = seconds * (number + rng.random()) / kills
-        status = _child(scenario.run, moment, sig)
+        status = child(scenario.run, moment, sig)
         found = contents(scenario.out)
         complete = found is not None and scenario.compared(found) == whole
         state = "complete" if complete else "as before" if found == before else "broken"
@@ -126,30 +125,11 @@ def kill_at_random(scenario: Scenario, kills: int, *, seed: int = 0, sig: int = 
 
 def _timed(scenario: Scenario) -> tuple[int, float]:
     begun = time.monotonic()
-    return _child(scenario.run), time.monotonic() - begun
+    return child(scenario.run), time.monotonic() - begun
 
 
 def _compared(scenario: Scenario) -> Files:
     return scenario.compared(contents(scenario.out) or {})
-
-
-def _child(run: Callable[[], object], moment: float | None = None, sig: int = signal.SIGKILL) -> int:
-    """The status of a forked child that runs `run` and gets a signal after `moment` seconds."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            run()
-            status = 0
-        except BaseException:
-            if moment is None:
-                traceback.print_exc()
-        finally:
-            os._exit(status)
-    if moment is not None:
-        time.sleep(moment)
-        os.kill(child, sig)  # a child that ended by itself stays until it is waited for
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

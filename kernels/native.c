@@ -8,6 +8,8 @@
    W = x). The sums over k run in an order that depends on nothing but K: what comes out for a token depends neither on
    the batch nor on the other tokens.
 
+   Every thread that takes part calls the same function with the same task; they share out its parts.
+
    Numbers are computed with as `real`: float, or double where DOUBLE is defined. */
 
 #include <stdint.h>
@@ -35,10 +37,10 @@ typedef int32_t integer;
 #endif
 #define VL (VECTOR / (int)sizeof(real))
 #define NR (2 * VL)
-#define NB 60   /* tokens that are multiplied at once */
-#define FEW 6    /* samples that are merged at once: their sums fit in the registers */
+#define NB 60 /* tokens that are multiplied at once */
+#define GROUP 6 /* samples that are merged at once: their sums fit in the registers */
 #define PAGE 4096
-#define GROUP 6  /* samples that a tile of the stack is merged for while it is in cache */
+#define LONG 1024 /* numbers of a row of the stack that are merged at once for a sample by itself */
 #define OUTER_ROWS (3 * NR) /* of an outer product, with its columns and those of the samples under way in cache */
 #define OUTER_COLUMNS (10 * NR)
 
@@ -172,7 +174,7 @@ static void gather_tile(real *s, const void *stack, int kind, long T1, long size
 
 /* out[g][0:NR] = sum_t w[g][t] s[t][0:NR] for `count` samples. */
 INLINE void merge_few(const int count, long T1, const real *w, const real *s, real *out, long os) {
-  vec low[FEW], high[FEW];
+  vec low[GROUP], high[GROUP];
 #pragma GCC unroll 6
   for (int g = 0; g < count; g++) low[g] = high[g] = (vec){0};
   for (long t = 0; t < T1; t++) {
@@ -207,13 +209,13 @@ static void merge(long count, long T1, const real *w, const real *s, real *out, 
   }
 }
 
-/* to[c][r] = from[r][c] for NR rows and columns, 4 x 4 at a time. */
-INLINE void transpose(const real *from, real *to) {
+/* to[c][r] = from[r][c] for NR rows, `pitch` apart, and columns, 4 x 4 at a time. */
+INLINE void transpose(const real *from, long pitch, real *to) {
   for (long c = 0; c < NR; c += 4)
     for (long r = 0; r < NR; r += 4) {
-      const real *f = from + r * NR + c;
-      const vec4 a0 = *(const vec4 *)f, a1 = *(const vec4 *)(f + NR), a2 = *(const vec4 *)(f + 2 * NR),
-                 a3 = *(const vec4 *)(f + 3 * NR);
+      const real *f = from + r * pitch + c;
+      const vec4 a0 = *(const vec4 *)f, a1 = *(const vec4 *)(f + pitch), a2 = *(const vec4 *)(f + 2 * pitch),
+                 a3 = *(const vec4 *)(f + 3 * pitch);
       const vec4 low01 = SHUFFLE(a0, a1, 0, 4, 1, 5), low23 = SHUFFLE(a2, a3, 0, 4, 1, 5);
       const vec4 high01 = SHUFFLE(a0, a1, 2, 6, 3, 7), high23 = SHUFFLE(a2, a3, 2, 6, 3, 7);
       real *o = to + c * NR + r;
@@ -227,18 +229,14 @@ INLINE void transpose(const real *from, real *to) {
 /* Panels out[g][panel][k][NR] of a tile of `blocks` blocks, merged with w [count, T1]; `turned` where the columns of the
    panels run along the rows of the stack. */
 static void merge_tile(long count, long T1, const real *w, const real *s, long blocks, int turned, real *out) {
-  real merged[FEW][NR * NR];
+  real merged[GROUP][NR * NR];
   const long sample = blocks * NR * NR;
-  for (long i = 0; i < blocks; i++)
-    for (long g = 0; g < count; g += FEW) {
-      const long few = least(FEW, count - g);
-      real *to = out + g * sample + i * NR * NR;
-      if (turned) {
-        merge(few, T1, w + g * T1, s + i * NR * T1 * NR, merged[0], NR * NR);
-        for (long f = 0; f < few; f++) transpose(merged[f], to + f * sample);
-      } else {
-        merge(few, T1, w + g * T1, s + i * NR * T1 * NR, to, sample);
-      }
+  for (long i = 0; i < blocks; i++, s += NR * T1 * NR, out += NR * NR)
+    if (turned) {
+      merge(count, T1, w, s, merged[0], NR * NR);
+      for (long g = 0; g < count; g++) transpose(merged[g], NR, out + g * sample);
+    } else {
+      merge(count, T1, w, s, out, sample);
     }
 }
 
@@ -251,58 +249,146 @@ INLINE const real *rows_of(const void *x, long at, long *row, long count, long K
   return room;
 }
 
-/* y[b, n, j] = sum_k x[b, n, k] W_b[k, j] + sum_t w[b, t] bias[t, j] for j from `first` to `last`.
+#define ROW (4 * VL)
 
-   x [B, N, K] with strides xb, xn; y [B, N, J] with strides yb, yn, both stored as x_kind; stack [T1, J, K], or
-   [T1, K, J] where `lies`, as stack_kind; w [B, T1]; bias [T1, J] or null. A tile of W has `panels` * NR columns and
-   `depth` rows, a multiple of NR; the sums of `most` samples are under way at once, and the tiles beside each other use
-   the same numbers of x. workspace, numbers: depth * panels * NR * (T1 + GROUP)
-   + most * N * (last - first up to a multiple of NR) + NB * depth. */
-void merged_product(const void *x, long xb, long xn, int x_kind, const void *stack, int stack_kind, long T1, long J,
-                    long K, int lies, const real *w, const real *bias, void *y, long yb, long yn, long B, long N,
-                    long first, long last, long panels, long depth, long most, real *workspace) {
-  const long full = panels * NR, span = last - first, pitch = (span + NR - 1) / NR * NR;
-  real *s = workspace, *merged = s + depth * full * T1, *sums = merged + GROUP * depth * full,
-       *room = sums + most * N * pitch, shift[span];
-  for (long b0 = 0; b0 < B; b0 += most) {
-    const long samples = least(most, B - b0);
-    memset(sums, 0, samples * N * pitch * sizeof(real));
-    for (long k = 0; k < K; k += depth)
-      for (long j = first; j < last; j += full) {
-        const long rows = least(depth, K - k), height = (rows + NR - 1) / NR * NR;
-        const long width = least(full, last - j), here = (width + NR - 1) / NR;
-        if (lies)
-          gather_tile(s, stack, stack_kind, T1, J * K, J, k * J + j, rows, width, 1);
-        else
-          gather_tile(s, stack, stack_kind, T1, J * K, K, j * K + k, width, rows, 0);
-        for (long b = b0; b < b0 + samples; b += GROUP) {
-          const long count = least(GROUP, b0 + samples - b);
-          merge_tile(count, T1, w + b * T1, s, here * height / NR, !lies, merged);
-          for (long g = b; g < b + count; g++)
-            for (long n = 0; n < N; n += NB) {
-              const long tokens = least(NB, N - n);
-              long row = xn;
-              const real *a = rows_of(x, g * xb + n * xn + k, &row, tokens, rows, room, x_kind);
-              for (long p = 0; p < here; p++)
-                product(tokens, rows, a, row, 1, merged + ((g - b) * here + p) * height * NR, NR,
-                        sums + ((g - b0) * N + n) * pitch + j - first + p * NR, pitch);
-            }
-        }
+/* to[0:ROW] = sum_t w[t] s_t[0:ROW], the s_t `size` numbers apart. */
+INLINE void merge_row(real *to, const real *s, long size, const real *w, long T1) {
+  vec sums[4] = {{0}, {0}, {0}, {0}};
+  for (long t = 0; t < T1; t++) {
+    const vec wt = w[t] - (vec){0};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) sums[i] += wt * LOAD(s + t * size + i * VL);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) STORE(to + i * VL, sums[i]);
+}
+
+/* The same for `count` numbers. */
+static void merge_rows(real *to, const real *s, long size, const real *w, long T1, long count) {
+  long k = 0;
+  for (; k + ROW <= count; k += ROW) merge_row(to + k, s + k, size, w, T1);
+  if (k == count) return;
+  real edge[T1 * ROW], sums[ROW];
+  memset(edge, 0, sizeof edge);
+  for (long t = 0; t < T1; t++) memcpy(edge + t * ROW, s + t * size + k, (count - k) * sizeof(real));
+  merge_row(sums, edge, ROW, w, T1);
+  memcpy(to + k, sums, (count - k) * sizeof(real));
+}
+
+typedef struct {
+  const void *x, *stack;
+  const real *w, *bias;
+  void *y;
+  real *workspace;
+  long xb, xn, x_kind, stack_kind, T1, J, K, lies, yb, yn, B, N;
+  long first, last, across; /* columns of y, and how many make a part */
+  long panels, depth, most; /* see `columns` */
+  long room;                /* numbers of workspace for a thread */
+  long threads, parts;      /* how many have come, and how many have been taken */
+} product_task;
+
+/* Numbers of workspace that `columns` needs: a tile and what is merged from it, or rows merged at once; sums; tokens. */
+long product_room(long T1, long N, long across, long panels, long depth, long most) {
+  const long full = panels * NR, pitch = (across + NR - 1) / NR * NR;
+  const long tile = depth * full * (T1 + GROUP), rows = NR * (LONG + NR) + full * LONG;
+  return (tile > rows ? tile : rows) + most * N * pitch + NB * depth;
+}
+
+/* sums[n][0:pitch] += x[n, k:k + rows] P for the tokens n of sample b and `here` panels P, `far` numbers apart. */
+INLINE void multiply(const product_task *task, long b, long k, long rows, const real *panel, long far, long here,
+                     real *sums, long pitch, real *room) {
+  for (long n = 0; n < task->N; n += NB) {
+    const long tokens = least(NB, task->N - n);
+    long row = task->xn;
+    const real *a = rows_of(task->x, b * task->xb + n * task->xn + k, &row, tokens, rows, room, task->x_kind);
+    for (long p = 0; p < here; p++) product(tokens, rows, a, row, 1, panel + p * far, NR, sums + n * pitch + p * NR, pitch);
+  }
+}
+
+/* The sums of samples b0 to b0 + samples for columns `first` to `last`: tile by tile, the tiles beside each other using
+   the same numbers of x. */
+static void sum_tiles(const product_task *task, long b0, long samples, long first, long last, real *s, real *merged,
+                      real *sums, long pitch, real *room) {
+  const long T1 = task->T1, J = task->J, K = task->K, full = task->panels * NR;
+  for (long k = 0; k < K; k += task->depth)
+    for (long j = first; j < last; j += full) {
+      const long rows = least(task->depth, K - k), height = (rows + NR - 1) / NR * NR;
+      const long width = least(full, last - j), here = (width + NR - 1) / NR;
+      if (task->lies)
+        gather_tile(s, task->stack, task->stack_kind, T1, J * K, J, k * J + j, rows, width, 1);
+      else
+        gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, j * K + k, width, rows, 0);
+      for (long b = b0; b < b0 + samples; b += GROUP) {
+        const long count = least(GROUP, b0 + samples - b);
+        merge_tile(count, T1, task->w + b * T1, s, here * height / NR, !task->lies, merged);
+        for (long g = b; g < b + count; g++)
+          multiply(task, g, k, rows, merged + (g - b) * here * height * NR, height * NR, here,
+                   sums + (g - b0) * task->N * pitch + j - first, pitch, room);
       }
+    }
+}
+
+/* The same for one sample by itself, for which a tile is not worth gathering: rows of the stack are merged where they lie,
+   as far as memory is read in one go. */
+static void sum_rows(const product_task *task, long first, long last, real *merged, real *panels, real *sums, long pitch,
+                     real *room) {
+  const long T1 = task->T1, K = task->K, far = LONG + NR, full = task->panels * NR, depth = task->depth;
+  const long most = LONG / depth * depth;
+  memset(merged, 0, NR * far * sizeof(real)); /* what is beyond the last row is multiplied as well */
+  for (long j = first; j < last; j += full)
+    for (long k = 0; k < K; k += most) {
+      const long rows = least(most, K - k), here = (least(full, last - j) + NR - 1) / NR;
+      for (long p = 0; p < here; p++) {
+        const long at = j + p * NR, count = least(NR, last - at);
+        for (long r = 0; r < count; r++)
+          merge_rows(merged + r * far, (const real *)task->stack + (at + r) * K + k, task->J * K, task->w, T1, rows);
+        for (long c = 0; c < rows; c += NR) transpose(merged + c, far, panels + (p * most + c) * NR);
+      }
+      for (long c = 0; c < rows; c += depth)
+        multiply(task, 0, k + c, least(depth, rows - c), panels + c * NR, most * NR, here, sums + j - first, pitch, room);
+    }
+}
+
+/* Columns `first` to `last` of y. A tile of W has `panels` * NR columns and `depth` rows, a multiple of NR and at most LONG;
+   the sums of `most` samples are under way at once. */
+static void columns(const product_task *task, long first, long last, real *workspace) {
+  const long T1 = task->T1, N = task->N, span = last - first, pitch = (span + NR - 1) / NR * NR;
+  const long tile = task->depth * task->panels * NR;
+  real *sums = workspace, *room = sums + task->most * N * pitch, *s = room + NB * task->depth, shift[span];
+  for (long b0 = 0; b0 < task->B; b0 += task->most) {
+    const long samples = least(task->most, task->B - b0);
+    memset(sums, 0, samples * N * pitch * sizeof(real));
+    if (task->B == 1 && !task->lies && task->stack_kind == REAL)
+      sum_rows(task, first, last, s, s + NR * (LONG + NR), sums, pitch, room);
+    else
+      sum_tiles(task, b0, samples, first, last, s, s + tile * T1, sums, pitch, room);
     for (long b = b0; b < b0 + samples; b++) {
-      if (bias) {
+      if (task->bias) {
         memset(shift, 0, span * sizeof(real));
         for (long t = 0; t < T1; t++)
-          for (long c = 0; c < span; c++) shift[c] += w[b * T1 + t] * bias[t * J + first + c];
+          for (long c = 0; c < span; c++) shift[c] += task->w[b * T1 + t] * task->bias[t * task->J + first + c];
       }
       for (long n = 0; n < N; n++) {
         real *sum = sums + ((b - b0) * N + n) * pitch;
-        if (bias)
+        if (task->bias)
           for (long c = 0; c < span; c++) sum[c] += shift[c];
-        narrow(y, b * yb + n * yn + first, sum, span, x_kind);
+        narrow(task->y, b * task->yb + n * task->yn + first, sum, span, task->x_kind);
       }
     }
   }
+}
+
+/* The next part of a task, and a thread's number among those that have come. */
+INLINE long next(long *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+/* y[b, n, j] = sum_k x[b, n, k] W_b[k, j] + sum_t w[b, t] bias[t, j] for j from `first` to `last`.
+
+   x [B, N, K] with strides xb, xn; y [B, N, J] with strides yb, yn, both stored as x_kind; stack [T1, J, K], or
+   [T1, K, J] where `lies`, as stack_kind; w [B, T1]; bias [T1, J] or null. */
+void merged_product(product_task *task) {
+  real *workspace = task->workspace + next(&task->threads) * task->room;
+  for (long j; (j = task->first + next(&task->parts) * task->across) < task->last;)
+    columns(task, j, least(j + task->across, task->last), workspace);
 }
 
 /* sums[t] += <o, s[t]> over a block: o [NR, NR] with rows OUTER_COLUMNS apart, s [NR, T1, NR] from some t on. */
@@ -363,14 +449,22 @@ static void outer_product(real *outer, const void *dy, long y0, long yn, long ro
   }
 }
 
-/* dw[b, t] = sum over rows j from `first` to `last` of <dy_b[:, j]^T x_b, S_t[j]>, in double.
+typedef struct {
+  const void *dy, *x, *stack;
+  double *dw;
+  real *workspace;
+  long yb, yn, xb, xn, x_kind, stack_kind, T1, J, K, B, N;
+  long first, last, across; /* columns of dy, and how many make a part */
+  long room;                /* numbers of workspace for a thread */
+  long threads, parts;      /* how many have come, and how many have been taken */
+} dw_task;
 
-   dy [B, N, J] with strides yb, yn, x [B, N, K] with strides xb, xn, both stored as x_kind; stack [T1, J, K] as
-   stack_kind; dw [B, T1]. workspace, numbers: (T1 + GROUP) OUTER_ROWS OUTER_COLUMNS
-   + NB (OUTER_ROWS + OUTER_COLUMNS). */
-void merged_product_dw(const void *dy, long yb, long yn, const void *x, long xb, long xn, int x_kind, const void *stack,
-                       int stack_kind, long T1, long J, long K, double *dw, long B, long N, long first, long last,
-                       real *workspace) {
+/* Numbers of workspace that `rows_dw` needs. */
+long dw_room(long T1) { return (T1 + GROUP) * OUTER_ROWS * OUTER_COLUMNS + NB * (OUTER_ROWS + OUTER_COLUMNS); }
+
+/* dw [B, T1]: the part of columns `first` to `last` of dy. */
+static void rows_dw(const dw_task *task, long first, long last, double *dw, real *workspace) {
+  const long T1 = task->T1, J = task->J, K = task->K, B = task->B;
   real *s = workspace, *outer = s + T1 * OUTER_ROWS * OUTER_COLUMNS, *room = outer + GROUP * OUTER_ROWS * OUTER_COLUMNS;
   vec sums[GROUP][T1];
   memset(dw, 0, B * T1 * sizeof(double));
@@ -378,12 +472,12 @@ void merged_product_dw(const void *dy, long yb, long yn, const void *x, long xb,
     const long rows = least(OUTER_ROWS, last - j);
     for (long k = 0; k < K; k += OUTER_COLUMNS) {
       const long columns = least(OUTER_COLUMNS, K - k), high = (rows + NR - 1) / NR, wide = (columns + NR - 1) / NR;
-      gather_tile(s, stack, stack_kind, T1, J * K, K, j * K + k, rows, columns, 0);
+      gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, j * K + k, rows, columns, 0);
       for (long b = 0; b < B; b += GROUP) {
         const long count = least(GROUP, B - b);
         for (long g = 0; g < count; g++)
-          outer_product(outer + g * OUTER_ROWS * OUTER_COLUMNS, dy, (b + g) * yb + j, yn, rows, x, (b + g) * xb + k, xn,
-                        columns, N, room, x_kind);
+          outer_product(outer + g * OUTER_ROWS * OUTER_COLUMNS, task->dy, (b + g) * task->yb + j, task->yn, rows, task->x,
+                        (b + g) * task->xb + k, task->xn, columns, task->N, room, task->x_kind);
         memset(sums, 0, sizeof sums);
         for (long r = 0; r < high; r++)
           for (long c = 0; c < wide; c++)
@@ -398,13 +492,25 @@ void merged_product_dw(const void *dy, long yb, long yn, const void *x, long xb,
   }
 }
 
-/* What a caller must know: {NR, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
+/* dw[part, b, t] = sum over the part's j of <dy_b[:, j]^T x_b, S_t[j]>, in double.
+
+   dy [B, N, J] with strides yb, yn, x [B, N, K] with strides xb, xn, both stored as x_kind; stack [T1, J, K] as
+   stack_kind; dw [parts, B, T1]. */
+void merged_product_dw(dw_task *task) {
+  real *workspace = task->workspace + next(&task->threads) * task->room;
+  for (long part; task->first + (part = next(&task->parts)) * task->across < task->last;) {
+    const long j = task->first + part * task->across;
+    rows_dw(task, j, least(j + task->across, task->last), task->dw + part * task->B * task->T1, workspace);
+  }
+}
+
+/* What a caller must know: {NR, GROUP, whether FLOAT16 is known} */
 void constants(long *out) {
 #ifdef __FLT16_MAX__
   const long known = 1;
 #else
   const long known = 0;
 #endif
-  const long values[] = {NR, NB, GROUP, OUTER_ROWS, OUTER_COLUMNS, known};
+  const long values[] = {NR, GROUP, known};
   memcpy(out, values, sizeof values);
 }

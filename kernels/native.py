@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,11 +31,37 @@ TILE_BYTES = 512 << 10
 """What the tile of the stack and the weights merged from it may take: about the size of an L2 cache."""
 SUMS_BYTES = 4 << 20
 """What the sums of the samples under way may take."""
+ALL_SUMS_BYTES = 16 << 20
+"""What they may take in all threads."""
 DEEPEST = 256
 
 
 class NativeError(Exception):
     """Why there are no CPU kernels here."""
+
+
+class _ProductTask(ctypes.Structure):
+    """`product_task` of native.c."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("x", "stack", "w", "bias", "y", "workspace")),
+        *((name, ctypes.c_long) for name in (
+            "xb", "xn", "x_kind", "stack_kind", "T1", "J", "K", "lies", "yb", "yn", "B", "N",
+            "first", "last", "across", "panels", "depth", "most", "room", "threads", "parts",
+        )),
+    ]  # fmt: skip
+
+
+class _DwTask(ctypes.Structure):
+    """`dw_task` of native.c."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("dy", "x", "stack", "dw", "workspace")),
+        *((name, ctypes.c_long) for name in (
+            "yb", "yn", "xb", "xn", "x_kind", "stack_kind", "T1", "J", "K", "B", "N",
+            "first", "last", "across", "room", "threads", "parts",
+        )),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,9 +72,7 @@ class Library:
     real: torch.dtype
     columns: int
     """NR: columns of a panel."""
-    tokens: int
     group: int
-    outer: tuple[int, int]
     float16: bool
 
     def tile(self, experts: int, lies: bool) -> tuple[int, int]:
@@ -84,69 +110,103 @@ def library(real: torch.dtype) -> Library:
 
 
 def merged_product(
-    x: Tensor, stack: Tensor, coefficient: Tensor, bias: Tensor | None, y: Tensor, span: slice, *, lies: bool = False
+    x: Tensor,
+    stack: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    span: slice,
+    *,
+    lies: bool = False,
+    most: int | None = None,
+    threads: int = 1,
 ) -> None:
     """y_b[:, span] = x_b W_b^T + w_b bias with W_b = sum_t w_bt S_t; x_b W_b + w_b bias where ``lies``.
 
     x [B, N, K] and y [B, N, J] of one dtype, neighbours of a row side by side; stack [1+T, J, K] ([1+T, K, J] where
     ``lies``), contiguous; coefficient [B, 1+T] and bias [1+T, J] in the dtype that is computed with, contiguous.
+    A part is at most ``most`` columns.
     """
     found = library(coefficient.dtype)
     B, N, K = x.shape
     experts, J = stack.shape[0], y.shape[2]
     panels, depth = found.tile(experts, lies)
-    width = panels * found.columns
-    sums = SUMS_BYTES // coefficient.element_size()
+    width, columns = panels * found.columns, min(most or J, span.stop - span.start)
+    sums = min(SUMS_BYTES, ALL_SUMS_BYTES // threads) // coefficient.element_size()
     step = max(1, sums // width)
     for first in range(0, N, step):
         tokens = min(step, N - first)
-        # Sums for as many columns as make reading x for each of them and the stack for each `most` cost the same.
+        # Sums for as many columns as make reading x for each of them and the stack for each `samples` cost the same.
         across = max((sums / experts) ** 0.5, sums / (B * tokens))
-        across = min(span.stop - span.start, max(1, int(across) // width) * width)
-        most = max(1, min(B, sums // (tokens * across)))
-        pitch = -(-across // found.columns) * found.columns
-        workspace = coefficient.new_empty(
-            depth * width * (experts + found.group) + most * tokens * pitch + found.tokens * depth
-        )
-        for start in range(span.start, span.stop, across):
-            found.functions.merged_product(
-                _at(x, first), _long(x.stride(0)), _long(x.stride(1)), _kind(x, found),
-                _at(stack), _kind(stack, found), _long(experts), _long(J), _long(K), int(lies),
-                _at(coefficient), _at(bias), _at(y, first), _long(y.stride(0)), _long(y.stride(1)),
-                _long(B), _long(tokens), _long(start), _long(min(start + across, span.stop)),
-                _long(panels), _long(depth), _long(most), _at(workspace),
-            )  # fmt: skip
+        across = min(columns, max(1, int(across) // width) * width)
+        samples = max(1, min(B, sums // (tokens * across)))
+        room = found.functions.product_room(*map(_long, (experts, tokens, across, panels, depth, samples)))
+        workspace = coefficient.new_empty(threads * room)
+        task = _ProductTask(
+            x=_at(x, first), stack=_at(stack), w=_at(coefficient), bias=_at(bias), y=_at(y, first),
+            workspace=_at(workspace), xb=x.stride(0), xn=x.stride(1), x_kind=_kind(x, found),
+            stack_kind=_kind(stack, found), T1=experts, J=J, K=K, lies=lies, yb=y.stride(0), yn=y.stride(1),
+            B=B, N=tokens, first=span.start, last=span.stop, across=across, panels=panels, depth=depth,
+            most=samples, room=room,
+        )  # fmt: skip
+        _together(found.functions.merged_product, task, threads)
 
 
-def merged_product_dw(dy: Tensor, x: Tensor, stack: Tensor, real: torch.dtype, span: slice) -> Tensor:
+def merged_product_dw(
+    dy: Tensor, x: Tensor, stack: Tensor, real: torch.dtype, span: slice, *, most: int | None = None, threads: int = 1
+) -> Tensor:
     """dw_bt = <dy_b[:, span]^T x_b, S_t[span]> in float64 [B, 1+T].
 
     dy [B, N, J] and x [B, N, K] of one dtype, neighbours of a row side by side; stack [1+T, J, K], contiguous.
+    A part is at most ``most`` columns of dy.
     """
     found = library(real)
     B, N, K = x.shape
     experts, J = stack.shape[0], stack.shape[1]
-    rows, columns = found.outer
-    dw = x.new_empty(B, experts, dtype=torch.float64)
-    workspace = x.new_empty(
-        (experts + found.group) * rows * columns + found.tokens * (rows + columns), dtype=real
+    across = min(most or J, span.stop - span.start)
+    dw = x.new_empty(-(-(span.stop - span.start) // across), B, experts, dtype=torch.float64)
+    room = found.functions.dw_room(_long(experts))
+    workspace = x.new_empty(threads * room, dtype=real)
+    task = _DwTask(
+        dy=_at(dy), x=_at(x), stack=_at(stack), dw=_at(dw), workspace=_at(workspace), yb=dy.stride(0),
+        yn=dy.stride(1), xb=x.stride(0), xn=x.stride(1), x_kind=_kind(x, found), stack_kind=_kind(stack, found),
+        T1=experts, J=J, K=K, B=B, N=N, first=span.start, last=span.stop, across=across, room=room,
     )  # fmt: skip
-    found.functions.merged_product_dw(
-        _at(dy), _long(dy.stride(0)), _long(dy.stride(1)), _at(x), _long(x.stride(0)), _long(x.stride(1)),
-        _kind(x, found), _at(stack), _kind(stack, found), _long(experts), _long(J), _long(K), _at(dw),
-        _long(B), _long(N), _long(span.start), _long(span.stop), _at(workspace),
-    )  # fmt: skip
-    return dw
+    _together(found.functions.merged_product_dw, task, threads)
+    return dw.sum(dim=0)
 
 
 _long = ctypes.c_long
 
 
-def _at(tensor: Tensor | None, token: int = 0) -> ctypes.c_void_p:
+def _together(function: Any, task: ctypes.Structure, threads: int) -> None:
+    """Call a function of native.c in so many threads at once, which share out the parts of one task."""
+    team = _team()
+    if threads > 1 and team is not None:
+        team(function, ctypes.byref(task), ctypes.c_uint(threads), ctypes.c_uint(0))
+        return
+    others = [Thread(target=function, args=(ctypes.byref(task),)) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    function(ctypes.byref(task))
+    for thread in others:
+        thread.join()
+
+
+@lru_cache(maxsize=1)
+def _team() -> Any:
+    """OpenMP's entry into PyTorch's own threads; None where PyTorch was built without, or hides it.
+
+    After its work PyTorch's threads wait busily for more: threads of our own would compete with them.
+    """
+    if "OpenMP" not in torch.__config__.parallel_info().split("backend:")[-1]:
+        return None
+    return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+
+
+def _at(tensor: Tensor | None, token: int = 0) -> int | None:
     """Where a tensor [B, N, ...] begins, from some token on."""
-    if tensor is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_void_p(tensor.data_ptr() + (token * tensor.stride(1) * tensor.element_size() if token else 0))
+    return None if tensor is None else tensor.data_ptr() + (token and token * tensor.stride(1) * tensor.element_size())
 
 
 def _kind(tensor: Tensor, found: Library) -> int:
@@ -161,10 +221,12 @@ def _library(real: torch.dtype) -> Library | str:
         return str(reason)
     except OSError as error:
         return f"the compiled kernels cannot be loaded: {error}"
-    constants = (ctypes.c_long * 6)()
+    for name in ("product_room", "dw_room"):
+        getattr(functions, name).restype = ctypes.c_long
+    constants = (ctypes.c_long * 3)()
     functions.constants(constants)
-    columns, tokens, group, rows, across, float16 = constants
-    return Library(functions, real, columns, tokens, group, (rows, across), bool(float16))
+    columns, group, float16 = constants
+    return Library(functions, real, columns, group, bool(float16))
 
 
 def _compiled(real: torch.dtype) -> Path:

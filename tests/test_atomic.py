@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from wemoe_fast import CheckpointError, atomic
-from wemoe_fast.atomic import leftovers, remove_leftovers, replaced_directory
+from wemoe_fast.atomic import leftovers, locked, remove_leftovers, replaced_directory
 
 
 def write(directory, text, overwrite=True):
@@ -96,8 +96,19 @@ def test_a_living_writer_is_left_alone(tmp_path):
     assert (out / "file").read_text() == "mine"
 
 
+def test_a_lock_lasts_until_it_is_closed(tmp_path):
+    lock = locked(tmp_path)
+    assert lock is not None
+    with pytest.raises(BlockingIOError):
+        locked(tmp_path)
+    os.close(lock)
+    again = locked(tmp_path)
+    assert again is not None
+    os.close(again)
+
+
 def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_lock", lambda path: None)
+    monkeypatch.setattr(atomic, "fcntl", None)
     (tmp_path / ".out.partial-12345678").mkdir()
     write(tmp_path / "out", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-12345678", "out"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import TEXT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,14 +17,6 @@ from wemoe_fast.checkpoint import is_wemoe_directory, load_pretrained, outline
 from wemoe_fast.inspection import inspect
 from wemoe_fast.upscale import merge_info
 
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 16,
-}
 IDS = torch.arange(10, 24).view(2, 7)
 MASK = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
 

@@ -104,11 +104,9 @@ def test_a_killed_process_ends_the_other_with_a_clear_word(killed: int, tmp_path
     with running(2, add_for_ever, tmp_path) as processes:
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
         processes.kill(killed)
-        start = time.monotonic()
         with pytest.raises(WEMoEError, match=r"another process of this run ended .* start the same command again") as e:
             processes.result(1 - killed)
         assert ".cc:" not in str(e.value)
-        assert time.monotonic() - start < 10
 
 
 def leave_early() -> float:

@@ -2,6 +2,8 @@ import time
 
 import pytest
 import torch
+from family_models import PIXELS as VISION
+from family_models import TEXT
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,22 +11,6 @@ from wemoe_fast.activations import lookup
 from wemoe_fast.errors import InputError, UnknownArchitectureError
 from wemoe_fast.families import FAMILIES, find_mlps, locate_mlps
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 16,
-}
 PIXELS = {"pixel_values": torch.randn(2, 3, 8, 8)}
 TOKENS = {"input_ids": torch.arange(10).view(2, 5)}
 

@@ -4,15 +4,13 @@ import pickle
 
 import pytest
 import torch
+from family_models import PIXELS, TEXT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wemoe_fast import InputError, upscale, wemoe_layers
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 32}
 
 
 def perturbed(base, scale=0.1):
@@ -44,7 +42,7 @@ def clip(**options):
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
         text_config=TEXT | {"eos_token_id": 39, "hidden_size": 12},
-        vision_config=SMALL | {"image_size": 8, "patch_size": 4},
+        vision_config=PIXELS,
         projection_dim=8,
     )
     return merged(transformers.CLIPModel(config), **options)

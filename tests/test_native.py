@@ -18,8 +18,17 @@ pytestmark = pytest.mark.skipif(
 )
 EXACT = {torch.float32: 2e-6, torch.float64: 1e-14}
 HALF = [torch.bfloat16, *([torch.float16] if native.why_not(torch.float16, torch.float16) is None else [])]
-# around the columns of a panel, a tile's rows and depth, tokens of a block, samples of a group
-SIZES = [(1, 1, 1, 1, 0), (3, 7, 33, 50, 3), (9, 50, 64, 96, 8), (2, 130, 300, 37, 20), (17, 61, 257, 129, 4)]
+# around the columns of a panel, a tile's rows and depth, tokens of a block; every number of samples and of experts that
+# is merged at once
+SIZES = [
+    (1, 1, 1, 1, 0),
+    (3, 7, 33, 50, 3),
+    (4, 5, 17, 70, 1),
+    (9, 50, 64, 96, 8),
+    (2, 130, 300, 37, 20),
+    (17, 61, 257, 129, 4),
+    (6, 2, 40, 20, 6),
+]
 
 
 @pytest.fixture
@@ -66,7 +75,7 @@ def assert_exact(x, dy, stack, w, bias):
     [(torch.float32, torch.float32), (torch.float64, torch.float64), *((dtype, torch.float32) for dtype in HALF)],
     ids=str,
 )
-def test_every_kernel_is_exact(size, stored, real):
+def test_every_kernel_is_exact(size, stored, real, poisoned):
     assert_exact(*operands(*size, stored, real))
 
 
@@ -124,6 +133,14 @@ def test_strided_operands():
     assert not strided[:, :, 0].any()
 
 
+@pytest.mark.parametrize("real", EXACT, ids=str)
+def test_rows_a_page_apart(real):
+    """They would drive each other out of the cache where they lie, and are copied."""
+    x, dy, *others = operands(2, 61, 300, 150, 3, real, real)
+    pages = [torch.full((2, 61, 1024), torch.nan, dtype=real)[:, :, : t.shape[2]].copy_(t) for t in (x, dy)]
+    assert_exact(*pages, *others)
+
+
 def test_more_tokens_than_are_under_way_at_once(monkeypatch):
     x, dy, stack, w, bias = operands(3, 70, 24, 40, 3)
     whole, pieces = torch.empty_like(dy), torch.empty_like(dy)
@@ -174,6 +191,18 @@ def test_not_finite_weights_stay_with_their_sample():
         y = merged_linear(**inputs, strategy="native")
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
+
+
+def test_not_finite_numbers_stay_with_their_token():
+    x, dy, stack, w, bias = operands(2, 7, 33, 50, 3)
+    x[1, 2] = dy[1, 2] = torch.inf
+    y, dx = torch.empty_like(dy), torch.empty_like(x)
+    native.merged_product(x, stack, w, bias, y, slice(0, 50))
+    native.merged_product(dy, stack, w, None, dx, slice(0, 33), lies=True)
+    for found in (y, dx):
+        finite = found.isfinite()
+        assert not finite[1, 2].any()
+        assert finite.sum() == finite.numel() - finite.shape[2]
 
 
 def test_auto_takes_them_and_says_so():

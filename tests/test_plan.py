@@ -15,7 +15,7 @@ from wemoe_fast.slabs import coefficients, spans, wide
 @pytest.fixture(autouse=True)
 def _without_compiler(monkeypatch):
     """The choice between the strategies in plain PyTorch; test_native has the other."""
-    monkeypatch.setattr(plan, "_why_not_native", lambda x, stack: "there is no C compiler")
+    monkeypatch.setattr(plan.native, "why_not", lambda x, stack: "there is no C compiler")
 
 
 def meta(*shape, dtype=torch.float32):

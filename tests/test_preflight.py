@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from family_models import TEXT
 from safetensors.torch import load_file, save_file
 
 from wemoe_fast import CheckpointError, UnknownArchitectureError, headers
@@ -11,7 +12,7 @@ from wemoe_fast.preflight import plan_merge
 
 transformers = pytest.importorskip("transformers")
 
-from test_streaming import TEXT, build, write  # noqa: E402
+from test_streaming import build, write  # noqa: E402
 
 
 def rewrite(directory, change):

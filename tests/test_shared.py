@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from family_models import TEXT
 from torch import nn
 
 from wemoe_fast import InputError, load, save, upscale, wemoe_layers
@@ -9,14 +10,6 @@ from wemoe_fast.shared import share
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 16,
-}
 IDS = torch.randint(10, 39, (3, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 4 + [0] * 3, [1] * 7, [1] * 7])
 
@@ -148,6 +141,19 @@ def test_heads_of_another_kind_at_other_places():
     hidden = model.model(input_ids=IDS, attention_mask=MASK).last_hidden_state
     found = own.model(input_ids=IDS, attention_mask=MASK).last_hidden_state
     torch.testing.assert_close(found, hidden)
+
+
+def test_a_task_model_fixes_its_routing_while_it_generates():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)
+    base, *tuned = (randomised(transformers.LlamaForCausalLM(config)) for _ in range(3))
+    shared = share(base, dict(zip("ab", tuned, strict=True)))
+    model = wake(upscale(base, shared.experts, router_depth=1)).double()
+    own = shared.model_of("a", model)
+    options = {"input_ids": IDS, "attention_mask": MASK.flip(1), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**options)
+    assert torch.equal(own.generate(**options), expected)
+    assert not torch.equal(type(own).generate(own, **options), expected)  # routes each token anew
 
 
 def test_models_that_differ_in_nothing_are_merged_whole():

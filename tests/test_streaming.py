@@ -7,6 +7,7 @@ from pathlib import Path
 import family_models
 import pytest
 import torch
+from family_models import PIXELS, TEXT
 from safetensors.torch import load_file, save_file
 
 from wemoe_fast import CheckpointError, InputError, load, save, streaming, upscale
@@ -17,20 +18,10 @@ from wemoe_fast.shared import share
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 16,
-}
-PICTURES = {name: TEXT[name] for name in list(TEXT)[:4]} | {"image_size": 8, "patch_size": 4}
-
 
 def build(name, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    known = PICTURES if name.startswith(("CLIPVision", "ViT", "Siglip")) else TEXT
+    known = PIXELS if name.startswith(("CLIPVision", "ViT", "Siglip")) else TEXT
     cls = getattr(transformers, name)
     return cls(cls.config_class(**known, **options)).to(dtype).eval()
 

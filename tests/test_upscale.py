@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from family_models import PIXELS, TEXT
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -21,9 +22,6 @@ from wemoe_fast import (
 )
 from wemoe_fast.families import find_mlps
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 16}
-VISION = SMALL | {"image_size": 8, "patch_size": 4}
 HF = ("BertModel", "BertForSequenceClassification", "ViTModel", "CLIPVisionModel", "CLIPModel", "LlamaModel")
 ALL = (*HF, "stack", "mlp")
 
@@ -64,12 +62,12 @@ def build(name, **changes):
     text, pixels = {"input_ids": ids, "attention_mask": mask}, {"pixel_values": torch.randn(3, 3, 8, 8)}
     if name == "CLIPModel":
         config = transformers.CLIPConfig(
-            text_config=TEXT | {"eos_token_id": 39, "hidden_size": 12}, vision_config=VISION, projection_dim=8
+            text_config=TEXT | {"eos_token_id": 39, "hidden_size": 12}, vision_config=PIXELS, projection_dim=8
         )
         return transformers.CLIPModel(config), text | pixels
     family = name.removesuffix("Model").split("For")[0]
     vision = family in ("CLIPVision", "ViT")
-    config = getattr(transformers, f"{family}Config")(**((VISION if vision else TEXT) | changes))
+    config = getattr(transformers, f"{family}Config")(**((PIXELS if vision else TEXT) | changes))
     return getattr(transformers, name)(config), pixels if vision else text
 
 

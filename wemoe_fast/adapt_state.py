@@ -28,15 +28,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .atomic import replaced_directory
+from .atomic import locked, replaced_directory
 from .errors import CheckpointError
 from .fingerprint import Digest, head_digest, model_digest
 from .tasks import Samples, Task
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are not kept apart there
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -63,7 +58,7 @@ class Checkpoints:
         every: steps between two checkpoints; there is one at the end of a run in any case.
         restart: delete what an earlier run left, and begin anew.
 
-    As a context manager it keeps other runs out. Raises CheckpointError where another one is in.
+    As a context manager it keeps other runs out, but on Windows. Raises CheckpointError where another one is in.
     """
 
     def __init__(self, directory: str | Path, *, every: int = 100, restart: bool = False) -> None:
@@ -79,7 +74,12 @@ class Checkpoints:
         if not self._depth:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = _locked(self.directory)
+                self._lock = locked(self.directory)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.directory}: another run is writing its checkpoints here; wait for it, or name another"
+                    " output"
+                ) from None
             except OSError as error:
                 raise CheckpointError(f"{self.directory}: no directory for checkpoints: {error}") from error
         self._depth += 1
@@ -273,21 +273,3 @@ def _read(path: Path) -> State:
             raise
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     return State(content["step"], tensors, content)
-
-
-def _locked(directory: Path) -> int | None:
-    """A descriptor whose lock ends with it, at the latest with the process."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(
-            f"{directory}: another run is writing its checkpoints here; wait for it, or name another output"
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -19,7 +19,7 @@ from .errors import CheckpointError
 
 try:
     import fcntl
-except ImportError:  # a system without flock: leftovers cannot be told from work in progress and stay
+except ImportError:  # Windows: leftovers cannot be told from work in progress and stay
     fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -84,6 +84,27 @@ def remove_leftovers(directory: Path) -> None:
             os.close(lock)
 
 
+def locked(directory: Path) -> int | None:
+    """A descriptor that locks a directory until it is closed, at the latest by the end of the process; None on a
+    system or file system without locks.
+
+    Raises:
+        BlockingIOError: somebody else holds the lock.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def umask() -> int:
     """The process's file mode mask."""
     mask = os.umask(0)
@@ -106,19 +127,11 @@ def _locked_sibling(directory: Path) -> tuple[Path, int | None]:
 
 
 def _lock(path: Path) -> int | None:
-    """An open, locked file descriptor of a directory; None while somebody else holds the lock."""
-    if fcntl is None:
-        return None
+    """See ``locked``; None, too, where somebody else holds the lock or has removed the directory."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        return locked(path)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _swap(new: Path, directory: Path) -> None:

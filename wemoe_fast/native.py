@@ -14,7 +14,9 @@ from .activations import lookup
 from .kernels import native as kernel
 from .plan import Plan, choose, tokens_in_a_quarter
 from .slabs import Gradients, coefficients, finish, spans, wide
-from .workers import for_each
+
+ACTIVATED_BYTES = 8 << 20
+"""What of a result may be computed before it is activated: so much is still in the cache that all cores share."""
 
 
 def forward(
@@ -29,17 +31,21 @@ def forward(
     if bias is not None:
         bias = bias.to(coefficient.dtype).contiguous()
     act = lookup(activation)
+    width = h if activation == "none" else _columns_in_cache(y, plan)
     # The activation needs its result and at most three temporaries of that size.
-    step = tokens_in_a_quarter(4 * B * plan.rows, wide(x.dtype), plan.workers)
-
-    def fill(rows: slice) -> None:
-        kernel.merged_product(x, stack, coefficient, bias, y, rows)
+    step = tokens_in_a_quarter(4 * B * width, wide(x.dtype))
+    for columns in spans(h, width):
+        kernel.merged_product(x, stack, coefficient, bias, y, columns, most=plan.rows, threads=plan.workers)
         if activation != "none":
-            for part in spans(N, step):
-                y[:, part, rows] = act(y[:, part, rows])
-
-    for_each(fill, list(spans(h, plan.rows)), plan.workers)
+            for tokens in spans(N, step):
+                y[:, tokens, columns] = act(y[:, tokens, columns])
     return y
+
+
+def _columns_in_cache(y: Tensor, plan: Plan) -> int:
+    """How many columns of y [B, N, h] are activated at once: as many as stay in cache, and a part for every worker."""
+    parts = plan.rows * plan.workers
+    return parts * max(1, ACTIVATED_BYTES // (y.shape[0] * y.shape[1] * parts * y.element_size()))
 
 
 def backward(
@@ -64,20 +70,14 @@ def backward(
     if need_x:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         width = kernel.library(coefficient.dtype).width(lies=True)
-
-        def fill(columns: slice, dx: Tensor = dx) -> None:
-            kernel.merged_product(dy, stack, coefficient, None, dx, columns, lies=True)
-
-        for_each(fill, list(spans(d, width)), plan.workers)
+        kernel.merged_product(
+            dy, stack, coefficient, None, dx, slice(0, d), lies=True, most=width, threads=plan.workers
+        )
     if need_weights:
-        side_by_side, parts = _side_by_side(x), list(spans(h, plan.rows))
-        sums: list[Tensor | None] = [None] * len(parts)
-
-        def add(number: int) -> None:
-            sums[number] = kernel.merged_product_dw(dy, side_by_side, stack, plan.compute_dtype, parts[number])
-
-        for_each(add, list(range(len(parts))), plan.workers)
-        d_coefficient = torch.stack([s for s in sums if s is not None]).sum(dim=0).to(coefficient.dtype)
+        sums = kernel.merged_product_dw(
+            dy, _side_by_side(x), stack, plan.compute_dtype, slice(0, h), most=plan.rows, threads=plan.workers
+        )
+        d_coefficient = sums.to(coefficient.dtype)
     if need_stack:
         slabs = choose(x, stack, routing_weights, "chunked", backward=True)
         d_stack = chunked.backward(dy, x, stack, routing_weights, None, (False, True, False, False), slabs)[1]

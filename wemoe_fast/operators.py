@@ -19,6 +19,8 @@ from . import token_mean as tokens_of
 from .normalization import Normalization
 from .plan import Plan, choose
 
+_STRATEGIES: dict[str, Any] = {"chunked": chunked, "native": native, "factored": factored}
+
 
 def _as_given(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The body of an operator in the dtypes of its arguments: autocast ends where it begins."""
@@ -166,12 +168,10 @@ def _plan(
 def _forward(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, plan: Plan
 ) -> Tensor:
-    if plan.strategy == "factored":
-        return factored.forward(x, stack, routing_weights, bias, activation, plan)
-    strategy = native if plan.strategy == "native" else chunked
-    tokens = _as_one_sample(x) if plan.one_sample else x
-    y = strategy.forward(tokens, stack, routing_weights, bias, activation, plan)
-    return y.view(x.shape[0], x.shape[1], stack.shape[1])
+    if plan.strategy == "shared":
+        y = chunked.forward(_as_one_sample(x), stack, routing_weights, bias, activation, plan)
+        return y.view(x.shape[0], x.shape[1], stack.shape[1])
+    return _STRATEGIES[plan.strategy].forward(x, stack, routing_weights, bias, activation, plan)
 
 
 def _backward(
@@ -183,14 +183,11 @@ def _backward(
     need: tuple[bool, bool, bool, bool],
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    if plan.strategy == "factored":
-        return factored.backward(dy, x, stack, routing_weights, bias, need, plan)
-    strategy = native if plan.strategy == "native" else chunked
-    if not plan.one_sample:
-        return strategy.backward(dy, x, stack, routing_weights, bias, need, plan)
-    gradients = strategy.backward(_as_one_sample(dy), _as_one_sample(x), stack, routing_weights, bias, need, plan)
-    dx = None if gradients[0] is None else gradients[0].view(x.shape)
-    return (dx, *gradients[1:])
+    if plan.strategy == "shared":
+        rows = _as_one_sample(dy), _as_one_sample(x)
+        dx, d_stack, d_weights, d_bias = chunked.backward(*rows, stack, routing_weights, bias, need, plan)
+        return None if dx is None else dx.view(x.shape), d_stack, d_weights, d_bias
+    return _STRATEGIES[plan.strategy].backward(dy, x, stack, routing_weights, bias, need, plan)
 
 
 @merged_linear.register_fake

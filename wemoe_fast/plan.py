@@ -33,8 +33,10 @@ STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "fact
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
 NATIVE_COSTS = 1.05, 1.1, 8.0
 """The same for ``native``."""
-NATIVE_TOKENS = 224
+NATIVE_TOKENS = 192
 """From so many tokens on float32 products are left to PyTorch's, which then gain more than merging in cache does."""
+NATIVE_TOKENS_ALONE = 448
+"""The same for one sample by itself, where merging weighs most."""
 NATIVE_ROWS = 384
 """The CPU kernels are given parts of so many rows at least."""
 GROUP = 8
@@ -52,7 +54,7 @@ WORKSPACE_BYTES = 48 << 20
 Merged weights, the outer products of the backward pass, a slab of the stack in another dtype, and activations that
 are converted or on their way through the activation function take at most a quarter each (forward on a GPU merged
 weights half, where no slab is converted). (A slab has at least 8
-rows: the bound holds while 8 rows of 1+T experts fit in a quarter.) Not counted: the results (a gradient of a 16-bit
+rows: the bound holds while 8 rows of 1+T experts fit in a quarter; ``native`` takes a tile for every thread and 16 MiB.) Not counted: the results (a gradient of a 16-bit
 stack is summed in float32), and copies of strided inputs: of the stack, and of x where one weight is shared by the
 batch.
 """
@@ -71,8 +73,6 @@ class Plan:
     compute_dtype: torch.dtype
     reason: str
     workers: int = 1
-    one_sample: bool = False
-    """One weight serves the batch: all tokens are treated as those of one sample."""
 
 
 @lru_cache
@@ -113,20 +113,16 @@ def choose(
             "strategy 'shared': expected routing_weights with one row for the whole batch, "
             f"found {tuple(routing_weights.shape)} for {B} samples; use 'chunked' or 'auto'"
         )
-    obstacle = kernels.why_not(x.device, x.dtype)
-    no_native = _why_not_native(x, stack)
-    for name, reason in (("fused", obstacle), ("native", no_native)):
-        if strategy == name and reason is not None:
-            raise InputError(f"strategy {name!r}: {reason}; use 'auto'")
-    one_sample = routing_weights.shape[0] == 1
     if strategy != "auto":
-        plan = _sized(strategy, "asked for", x, stack, B, N, backward)
-        return replace(plan, one_sample=one_sample) if strategy == "native" else plan
-    if one_sample:
+        reason = _obstacle(strategy, x, stack)
+        if reason is not None:
+            raise InputError(f"strategy {strategy!r}: {reason}; use 'auto'")
+        return _sized(strategy, "asked for", x, stack, B, N, backward)
+    in_cache = _worthwhile(x, B, N) and _obstacle("native", x, stack) is None
+    if routing_weights.shape[0] == 1 and not (in_cache and B == 1):
         return _sized("shared", "one merged weight serves the whole batch", x, stack, B, N, backward)
-    if x.device.type == "cuda" and obstacle is None:
+    if x.device.type == "cuda" and _obstacle("fused", x, stack) is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
-    in_cache = no_native is None and _worthwhile(x, N)
     token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
     if token * N + merge * (1 + T) + write > (1 + T) * N:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"
@@ -136,16 +132,19 @@ def choose(
     return _sized("chunked", f"{N} tokens: merging costs less than {T} more products", x, stack, B, N, backward)
 
 
-def _why_not_native(x: Tensor, stack: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"a CPU is needed, found device {x.device}"
-    return native.why_not(x.dtype, stack.dtype)
+def _obstacle(strategy: str, x: Tensor, stack: Tensor) -> str | None:
+    """Why a strategy cannot run here; the CPU kernels are compiled where they are asked for."""
+    if strategy == "fused":
+        return kernels.why_not(x.device, x.dtype)
+    if strategy != "native":
+        return None
+    return native.why_not(x.dtype, stack.dtype) if x.device.type == "cpu" else f"expected a CPU, found {x.device}"
 
 
-def _worthwhile(x: Tensor, N: int) -> bool:
-    """The CPU kernels compute in float32 or wider: not where the processor multiplies 16-bit numbers itself."""
+def _worthwhile(x: Tensor, B: int, N: int) -> bool:
+    """Whether the CPU kernels win; they compute in float32 or wider: not where the CPU multiplies 16-bit numbers."""
     dtype = compute_dtype(x)
-    return dtype.itemsize > 2 and (N < NATIVE_TOKENS or dtype != x.dtype)
+    return dtype.itemsize > 2 and (N < (NATIVE_TOKENS if B > 1 else NATIVE_TOKENS_ALONE) or dtype != x.dtype)
 
 
 def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
@@ -176,7 +175,9 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device) if B * (N + 1 + T) * h * d >= WORTH_SHARING else 1
     if strategy == "native":
-        # Several parts for each worker, so that all end together, but none that is lower: every part reads all of x.
+        # PyTorch's own threads. Several parts for each, so that all end together, but none that is lower: every part
+        # reads all of x.
+        workers = torch.get_num_threads() if workers > 1 else 1
         parts = workers * max(1, h // (workers * NATIVE_ROWS))
         return Plan(strategy, 1, -(-h // (parts * 32)) * 32, wide(x.dtype), reason, workers)
     if strategy == "factored":
@@ -196,7 +197,7 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     rows = _fit(h, slab // workers, max(group, converted) * d * size)
     if not backward:
         rows = min(rows, -(-h // (8 * workers)) * 8)
-    return Plan(strategy, group, rows, dtype, reason, workers, one_sample=strategy == "shared")
+    return Plan(strategy, group, rows, dtype, reason, workers)
 
 
 def _slab_bytes(device: torch.device, backward: bool) -> int:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .families import MLPSite, find_mlps
-from .masks import connect
-from .upscale import MergeInfo, merge_info, wemoe_layers, whole_samples
+from .upscale import MergeInfo, equip, merge_info, wemoe_layers
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,7 @@ class Shared:
         emptied = tuple(self._in_expert(name, path) for path in info.emptied)
         memo |= {id(expert.get_submodule(path)): nn.Identity() for path in emptied}
         memo |= {id(expert.get_submodule(path)): layer for path, layer in layers.items()}
-        model = copy.deepcopy(expert, memo).eval().requires_grad_(False)
-        whole_samples(model)
-        for layer in layers.values():
-            layer.router.requires_grad_(True)
-        connect(model, layers)
-        object.__setattr__(model, "wemoe_info", MergeInfo(info.experts, emptied, info.settings))
-        return model
+        return equip(copy.deepcopy(expert, memo), layers, MergeInfo(info.experts, emptied, info.settings))
 
     def _in_base(self, name: str, path: str) -> str:
         ours, theirs = self.prefixes[name]

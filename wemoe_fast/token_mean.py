@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import WORKSPACE_BYTES, WORTH_SHARING, compute_dtype
+from .plan import WORKSPACE_BYTES, compute_dtype
 from .slabs import spans, wide
-from .workers import for_each, worker_count
 
 
 def _group(hidden: Tensor, width: int) -> int:
@@ -37,21 +36,13 @@ def forward(hidden: Tensor, token_mask: Tensor | None, weight: Tensor | None, bi
     width = hidden.shape[2] if weight is None else weight.shape[0]
     sums = hidden.new_empty(hidden.shape[0], width, dtype=wide(hidden.dtype))
     dtype = compute_dtype(hidden)
-    if weight is not None and bias is not None:
-        weight, bias = weight.to(dtype), bias.to(dtype)
-    # After work PyTorch's threads wait busily for more, in the way of the workers that follow.
-    workers = worker_count(hidden.device) if weight is not None and hidden.numel() * width >= WORTH_SHARING else 1
     for group in spans(hidden.shape[0], _group(hidden, hidden.shape[2] + width)):
-        tokens = hidden[group] if weight is None else hidden[group].to(dtype)
-
-        def fill(columns: slice, group: slice = group, tokens: Tensor = tokens) -> None:
-            if weight is not None and bias is not None:
-                tokens = F.linear(tokens, weight[columns], bias[columns]).relu_()
-            if token_mask is not None:
-                tokens = tokens.masked_fill(~token_mask[group].unsqueeze(2), 0)
-            torch.sum(tokens, dim=1, dtype=sums.dtype, out=sums[group, columns])
-
-        for_each(fill, list(spans(width, -(-width // workers))), workers)
+        tokens = hidden[group]
+        if weight is not None and bias is not None:
+            tokens = F.linear(tokens.to(dtype), weight.to(dtype), bias.to(dtype)).relu_()
+        if token_mask is not None:
+            tokens = tokens.masked_fill(~token_mask[group].unsqueeze(2), 0)
+        torch.sum(tokens, dim=1, dtype=sums.dtype, out=sums[group])
     return sums / _counts(hidden, token_mask)
 
 

@@ -106,7 +106,7 @@ def upscale(
 
 
 def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInfo) -> nn.Module:
-    """Put WEMoE layers into a model in place: replace ``layers``' paths, empty others, connect masks and generation.
+    """Put WEMoE layers into a model in place: replace ``layers``' paths, empty others, equip what is around.
 
     Returns the model (the layer itself where its path is "").
     """
@@ -118,7 +118,13 @@ def install(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInf
         else:
             _keep_names(layer, model.get_submodule(path))
             set_module(model, path, layer)
-    whole_samples(model)
+    return equip(model, layers, info)
+
+
+def equip(model: nn.Module, layers: Mapping[str, FastWEMoEMLP], info: MergeInfo) -> nn.Module:
+    """Fit a model around the WEMoE layers in it, in place: evaluation mode, only the routers require gradients, whole
+    samples, masks and generation reach the layers. Returns the model."""
+    _whole_samples(model)
     model.eval().requires_grad_(False)
     for layer in layers.values():
         layer.router.requires_grad_(True)
@@ -137,7 +143,7 @@ def _keep_names(layer: FastWEMoEMLP, original: nn.Module) -> None:
             object.__setattr__(layer, name, alike[0])
 
 
-def whole_samples(model: nn.Module) -> None:
+def _whole_samples(model: nn.Module) -> None:
     """Let every MLP see all tokens of a sample at once, in place: Hugging Face's can be fed some at a time."""
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):
