@@ -43,7 +43,7 @@ class LowRank:
     def rows(self, first: int, count: int, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
         """Rows [first, first + count) of what is added to W, or to W^T: [count, columns], computed in ``dtype``.
 
-        The sum over the rank has one order, so that the bits depend neither on the rows asked for nor on the machine.
+        The sum over the rank has one order, so that the bits depend neither on the rows asked for nor on a BLAS.
         """
         if self.transposed == transposed:  # rows of B A
             rank = self.b.shape[1]
