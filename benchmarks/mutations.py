@@ -25,10 +25,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
+from wemoe_fast.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from wemoe_fast.errors import WEMoEError
 from wemoe_fast.fingerprint import Digest
 
@@ -178,6 +181,20 @@ def _sharded(folder: Path) -> None:
     write_recipe(folder, experts=1, num_hidden_layers=1, vocab_size=8, max_shard_bytes=4000)
 
 
+def _adapter(folder: Path) -> None:
+    """The expert is a LoRA adapter."""
+    _checkpoint(folder)
+    expert = folder / "expert0"
+    shutil.rmtree(expert)
+    expert.mkdir()
+    query = "base_model.model.encoder.layer.0.attention.self.query"
+    tensors = {f"{query}.lora_A.weight": torch.ones(2, 16), f"{query}.lora_B.weight": torch.ones(16, 2)}
+    save_file({**tensors, "base_model.model.pooler.dense.bias": torch.ones(16)}, expert / ADAPTER_WEIGHTS)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"query": 2}, "alpha_pattern": {"x": 1.5}}
+    config |= {"use_rslora": True, "target_modules": ["query"], "base_model_name_or_path": "base", "use_dora": False}
+    (expert / ADAPTER_CONFIG).write_text(json.dumps(config))
+
+
 def _merged(folder: Path) -> None:
     from wemoe_fast.config import load_recipe
     from wemoe_fast.merge import merge_to_directory
@@ -208,9 +225,12 @@ def _load(folder: Path) -> None:
 
 
 def _recipe(folder: Path) -> None:
+    import huggingface_hub
+
     from wemoe_fast.config import load_recipe
 
-    load_recipe(folder / "recipe.yaml")
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):  # names on the Hub come up too
+        load_recipe(folder / "recipe.yaml")
 
 
 def _evaluated(folder: Path) -> None:
@@ -278,6 +298,8 @@ WEIGHTS, INDEX, EXPECTED = "model.safetensors", "model.safetensors.index.json", 
 TARGETS: dict[str, Target] = {
     "weights of an expert": Target(_checkpoint, (f"expert0/{WEIGHTS}",), _merge, mutate_header),
     "weights of the base": Target(_checkpoint, (f"base/{WEIGHTS}",), _merge, mutate_header),
+    "configuration of an adapter": Target(_adapter, (f"expert0/{ADAPTER_CONFIG}",), _merge, mutate_json),
+    "weights of an adapter": Target(_adapter, (f"expert0/{ADAPTER_WEIGHTS}",), _merge, mutate_header),
     "index of an expert": Target(_sharded, (f"expert0/{INDEX}",), _merge, mutate_json),
     "index of a merged model": Target(_merged, (f"out/{INDEX}",), _load, mutate_json),
     "wemoe.json": Target(_merged, ("out/wemoe.json",), _load, mutate_json),

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from wemoe_fast import load
+from wemoe_fast import load, wemoe_layers
 from wemoe_fast.cli import _size, main
 from wemoe_fast.comparison import compare, environment, write_comparison
 from wemoe_fast.errors import CheckpointError
@@ -129,6 +129,13 @@ def test_the_seed_makes_merging_repeatable(project):
     one, again, other = ((project / n / "model.safetensors").read_bytes() for n in ("one", "again", "other"))
     assert one == again
     assert one != other
+
+
+def test_how_to_route_while_generating_can_be_said_on_the_command_line(project):
+    (project / "recipe.yaml").write_text((project / "recipe.yaml").read_text() + "decode_routing: step\n")
+    for name, options in (("step", ()), ("prompt", ("--decode-routing", "prompt"))):
+        assert run("merge", project / "recipe.yaml", "--out", project / name, *options) == 0
+        assert {layer.decode_routing for layer in wemoe_layers(load(project / name)).values()} == {name}
 
 
 def test_adapt_runs_in_the_dtype_asked_for(project):

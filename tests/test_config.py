@@ -56,7 +56,8 @@ def test_recipe_with_every_key_keeps_the_order_of_experts(root: Path) -> None:
     found = recipe(
         root,
         f"base: {root}/models/base\nexperts: {{b: models/b, a: models/a}}\nmerge_lambda: 0.25\nrouter_depth: 1\n"
-        "init_lambda: 1\nnormalization: softmax\ntemperature: 0.5\ntop_k: 2\nbatch_reduce: true\nseed: 7\n",
+        "init_lambda: 1\nnormalization: softmax\ntemperature: 0.5\ntop_k: 2\nbatch_reduce: true\nseed: 7\n"
+        "decode_routing: step\nshare: true\n",
     )
     assert list(found.experts) == ["b", "a"]
     assert found == Recipe(
@@ -69,6 +70,8 @@ def test_recipe_with_every_key_keeps_the_order_of_experts(root: Path) -> None:
         temperature=0.5,
         top_k=2,
         batch_reduce=True,
+        decode_routing="step",
+        share=True,
         seed=7,
     )
     assert isinstance(found.init_lambda, float)
@@ -107,6 +110,8 @@ def test_all_problems_of_a_recipe_come_at_once(root: Path) -> None:
         ("merge_lambda: [0.3]", "merge_lambda: expected a number, found [0.3] (a list)"),
         ("merge_lambda: 1" + "0" * 400, "merge_lambda: expected a finite number"),
         ("temperature: 2.0", "temperature: only softmax has one, found 2.0 with identity"),
+        ("share: all", "share: expected true or false, found 'all' (a text)"),
+        ("decode_routing: steps", "decode_routing: expected one of prompt, step, found 'steps' (a text); did you mean"),
         ("colour: red", "unknown key 'colour'; known: base, experts, merge_lambda"),
         ("3: red", "unknown key 3"),
         ("base: models/a", "key 'base' appears twice, on lines 1 and 5; keep one"),

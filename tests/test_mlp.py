@@ -425,7 +425,7 @@ def test_no_experts():
     assert refused(plain_mlp(), {}) == "from_mlps: expected at least one expert, found none"
 
 
-def test_experts_of_other_shapes_and_dtypes_are_all_named():
+def test_experts_of_other_shapes_are_all_named_and_other_floating_dtypes_fit():
     base = plain_mlp()
     experts = {"a": plain_mlp(h=22), "b": plain_mlp(bias=False), "c": plain_mlp().half(), "d": plain_mlp()}
     message = refused(base, experts)
@@ -435,8 +435,7 @@ def test_experts_of_other_shapes_and_dtypes_are_all_named():
     assert "expert 'a': down.weight: expected shape (13, 21) as in the base, found (13, 22)" in message
     assert "expert 'b': up.bias is missing" in message
     assert "expert 'b': down.bias is missing" in message
-    assert message.count("expert 'c'") == 4
-    assert "convert the expert with .to(torch.float32)" in message
+    assert "'c'" not in message
     assert "'d'" not in message
 
 

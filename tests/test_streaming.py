@@ -14,6 +14,7 @@ from wemoe_fast import CheckpointError, InputError, load, save, streaming, upsca
 from wemoe_fast.config import Recipe
 from wemoe_fast.merge import load_recipe_models, merge, merge_to_directory
 from wemoe_fast.preflight import plan_merge
+from wemoe_fast.shared import share
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,7 +40,9 @@ def write(directory, base, experts=2, **options):
 def in_memory(recipe, directory):
     """What merging whole models gives."""
     base, experts = load_recipe_models(recipe)
-    settings = {name: value for name, value in vars(recipe).items() if name not in ("base", "experts")}
+    if recipe.share:
+        experts = share(base, experts).experts
+    settings = {name: value for name, value in vars(recipe).items() if name not in ("base", "experts", "share")}
     settings["router_depth"] = recipe.router_depth
     model = upscale(base, experts, **settings)
     names = {"base": recipe.base.name, "experts": {n: p.name for n, p in recipe.experts.items()}, "seed": recipe.seed}

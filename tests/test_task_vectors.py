@@ -80,10 +80,17 @@ def test_experts_that_fit_pass():
     check_experts(base, {"a": base, "b": {"w": torch.zeros(2, 3), "ids": torch.zeros(3, dtype=torch.long)}}, "here")
 
 
+def test_experts_of_another_floating_dtype_pass_and_are_subtracted_in_float32():
+    base, expert = torch.ones(3).bfloat16(), 1 + torch.tensor([2.0**-12, 0.25, -1.0])
+    check_experts({"w": base}, {"a": {"w": expert}}, "here")
+    assert torch.equal(task_vectors(base, [expert])[1], torch.tensor([2.0**-12, 0.25, -1.0]).bfloat16())
+    assert torch.equal(task_vectors(base.float(), [base])[1], torch.zeros(3))
+
+
 def test_every_problem_of_every_expert_at_once():
     base = {"w": torch.tensor([1.0, float("inf")]), "v": torch.ones(2, 3), "u": torch.ones(4), "m": torch.ones(1)}
     experts = {
-        "a": {"w": torch.ones(2), "v": torch.ones(3, 2), "u": torch.ones(4).half(), "m": torch.ones(1)},
+        "a": {"w": torch.ones(2), "v": torch.ones(3, 2), "u": torch.ones(4).char(), "m": torch.ones(1)},
         "b": {"w": torch.ones(2), "v": torch.full((2, 3), float("nan")), "extra": torch.ones(1), "m": torch.ones(1)},
         "c": {**base, "w": torch.ones(2), "m": torch.ones(1, device="meta")},
     }
@@ -94,7 +101,7 @@ def test_every_problem_of_every_expert_at_once():
     for line in (
         "base: w: expected finite numbers, found 1 NaN or infinite",
         "expert 'a': v: expected shape (2, 3) as in the base, found (3, 2)",
-        "expert 'a': u: expected dtype torch.float32 as in the base, found torch.float16; convert",
+        "expert 'a': u: expected a dtype like torch.float32 of the base, found torch.int8 (quantised?)",
         "expert 'b': u is missing",
         "expert 'b': extra is not in the base",
         "expert 'b': v: expected finite numbers, found 6 NaN or infinite",

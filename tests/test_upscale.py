@@ -344,7 +344,7 @@ def test_everything_wrong_with_the_experts_is_listed_at_once():
     experts = experts_of(base, 5)
     experts["task0"][0] = nn.Linear(6, 7)
     experts["task1"][3] = nn.Linear(6, 4, bias=False)
-    experts["task2"][3].to(torch.float16)
+    experts["task2"][3].weight = nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
     experts["task3"][1].mlp[0].weight.data[0, 0] = float("nan")
     experts["task3"][3].bias.data[1] = float("inf")
     experts["task4"][2].extra = nn.Linear(1, 1)
@@ -352,12 +352,24 @@ def test_everything_wrong_with_the_experts_is_listed_at_once():
     for part in (
         "'task0': 0.weight: expected shape (6, 6) as in the base, found (7, 6)",
         "'task1': 3.bias is missing",
-        "'task2': 3.weight: expected dtype torch.float32",
+        "'task2': 3.weight: expected a dtype like torch.float32",
         "'task3': 1.mlp.0.weight: expected finite",
         "'task3': 3.bias: expected finite",
         "'task4': 2.extra.weight is not in the base",
     ):
         assert part in message
+
+
+def test_experts_of_another_dtype_give_a_model_in_the_dtype_of_the_base():
+    base, _ = build("stack")
+    experts = experts_of(base)
+    narrow = copy.deepcopy(base).bfloat16()
+    model = upscale(narrow, experts, seed=0)
+    exact = upscale(copy.deepcopy(narrow).double(), experts, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:  # one rounding of the exact value
+            torch.testing.assert_close(parameter, exact.get_parameter(name).bfloat16(), rtol=2**-8, atol=1e-7)
 
 
 def test_a_base_with_nan_is_refused():

@@ -21,8 +21,10 @@ from .config import load_recipe
 from .convert import convert
 from .distributed import world
 from .errors import InputError, WEMoEError
+from .hub import located, name_of
 from .inspection import inspect
 from .merge import baselines, check_merge, coverage, expectation, merge_to_directory
+from .prompts import ROUTINGS as DECODE_ROUTINGS
 from .tasks import load_tasks
 from .tune import DTYPES as TUNED_DTYPES
 from .tune import SHAPES, Shape, summary, tune
@@ -55,6 +57,8 @@ def _merge(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     if options.seed is not None:
         recipe = replace(recipe, seed=options.seed)
+    if options.decode_routing is not None:
+        recipe = replace(recipe, decode_routing=options.decode_routing)
     if options.dry_run:
         plan = check_merge(recipe, options.out, overwrite=options.overwrite, max_shard_bytes=options.max_shard_size)
     else:
@@ -79,7 +83,7 @@ def _adapt(options: argparse.Namespace) -> None:
     options.seed = options.seed or 0
     with world(options.device) as processes:
         result = adapt_directory(
-            options.model,
+            located(options.model),
             options.tasks,
             options.out,
             steps=options.steps,
@@ -103,6 +107,7 @@ def _adapt(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.experts and options.recipe is None:
         raise InputError("--experts: their rows come from a recipe; pass --recipe recipe.yaml")
+    options.models = [located(model) for model in options.models]
     names = _row_names(options.models)
 
     def models() -> Iterator[tuple[str, nn.Module]]:
@@ -142,7 +147,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    _say(inspect(outline(options.model)))
+    _say(inspect(outline(located(options.model))))
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -180,8 +185,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _row_names(directories: Sequence[Path]) -> dict[str, Path]:
-    """A short name for each model: its directory's name, or the path where names repeat."""
-    short = [directory.name or str(directory) for directory in directories]
+    """A short name for each model: its directory's name or that on the Hub, or the path where names repeat."""
+    short = [name_of(directory) or str(directory) for directory in directories]
     return {
         name if short.count(name) == 1 else str(directory): directory
         for name, directory in zip(short, directories, strict=True)
@@ -236,6 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         default=MAX_SHARD_BYTES,
         metavar="SIZE",
         help="largest file to write, such as 2GB or 500MiB (default: 5GiB)",
+    )
+    verb.add_argument(
+        "--decode-routing",
+        choices=DECODE_ROUTINGS,
+        help="while generating: by the prompt, or step by step (the recipe's)",
     )
     verb.add_argument("--allow-nonfinite", action="store_true", help="merge NaN and infinite numbers like any others")
     verb.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -1,6 +1,7 @@
 """Recipes and task lists: YAML in, checked dataclasses out, every problem in one ConfigError.
 
-Paths in a file are relative to that file. Nothing they point to is opened here.
+Paths in a file are relative to that file. Nothing they point to is opened here; models of the Hub are downloaded once
+everything else is right.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
+from .hub import download, is_id
 from .normalization import KINDS
+from .prompts import ROUTINGS
 
 TEXT_SUFFIXES = (".jsonl",)
 TENSOR_SUFFIXES = (".safetensors",)
@@ -31,7 +34,11 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to merge: a base, named experts fine-tuned from it, and the router to put in front of them."""
+    """How to merge: a base, named experts fine-tuned from it, and the router to put in front of them.
+
+    ``base`` is the directory of a checkpoint, an expert that of a checkpoint or of a LoRA adapter over the base. With
+    ``share`` experts may have other heads or another vocabulary, which are left to them.
+    """
 
     base: Path
     experts: dict[str, Path]
@@ -42,6 +49,8 @@ class Recipe:
     temperature: float = 1.0
     top_k: int | None = None
     batch_reduce: bool = False
+    decode_routing: str = "prompt"
+    share: bool = False
     seed: int = 0
 
 
@@ -63,11 +72,15 @@ class TaskConfig:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read recipe.yaml. Raises ConfigError listing everything wrong with it."""
+    """Read recipe.yaml; base and experts are directories, or models of the Hub, which are downloaded.
+
+    Raises:
+        ConfigError: everything wrong with the file; CheckpointError: every model that the Hub does not have or give.
+    """
     path = Path(path)
     content, problems = _read_yaml(path)
     fields = _Fields(content, "", problems)
-    base = fields.take("base", _directory(path.parent), None)
+    base = fields.take("base", _model(path.parent), None)
     experts = _experts(fields.take("experts", _named_experts, {}), path.parent, problems)
     read: dict[str, Any] = {
         "merge_lambda": fields.take("merge_lambda", _number, 0.3, required=False),
@@ -77,6 +90,8 @@ def load_recipe(path: str | Path) -> Recipe:
         "temperature": fields.take("temperature", _positive, 1.0, required=False),
         "top_k": fields.take("top_k", _optional(_integer(1)), None, required=False),
         "batch_reduce": fields.take("batch_reduce", _boolean, False, required=False),
+        "decode_routing": fields.take("decode_routing", _one_of(ROUTINGS), "prompt", required=False),
+        "share": fields.take("share", _boolean, False, required=False),
         "seed": fields.take("seed", _integer(0, 2**63 - 1), 0, required=False),
     }
     fields.refuse_unknown()
@@ -86,7 +101,8 @@ def load_recipe(path: str | Path) -> Recipe:
         problems.append(f"temperature: only softmax has one, found {read['temperature']} with {read['normalization']}")
     if problems or base is None:
         raise ConfigError.of(str(path), problems)
-    return Recipe(base=base, experts=experts, **read)
+    directories = _downloaded(path, [base, *experts.values()])
+    return Recipe(base=directories[base], experts={n: directories[m] for n, m in experts.items()}, **read)
 
 
 def load_task_configs(path: str | Path) -> list[TaskConfig]:
@@ -113,14 +129,28 @@ def data_kind(path: Path) -> str | None:
     return next((kind for kind, suffixes in kinds.items() if path.suffix.lower() in suffixes), None)
 
 
-def _experts(given: dict[Any, Any], root: Path, problems: list[str]) -> dict[str, Path]:
-    experts: dict[str, Path] = {}
+def _downloaded(path: Path, models: Iterable[Path | str]) -> dict[Path | str, Path]:
+    """The directories of models, which are directories or names on the Hub."""
+    directories: dict[Path | str, Path] = {}
+    problems = []
+    for model in dict.fromkeys(models):
+        try:
+            directories[model] = model if isinstance(model, Path) else download(model)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError.of(str(path), problems)
+    return directories
+
+
+def _experts(given: dict[Any, Any], root: Path, problems: list[str]) -> dict[str, Path | str]:
+    experts: dict[str, Path | str] = {}
     fields = _Fields(given, "experts.", problems)
     for name in given:
         if not isinstance(name, str) or not name.strip():
             problems.append(f"experts: expected a name, found {_shown(name)}; put it in quotes")
             continue
-        expert = fields.take(name, _directory(root), None)
+        expert = fields.take(name, _model(root), None)
         if expert is not None:
             experts[name] = expert
     return experts
@@ -397,9 +427,13 @@ def _path(value: Any, root: Path) -> Path:
     return path
 
 
-def _directory(root: Path) -> _Check[Path]:
-    def check(value: Any) -> Path:
+def _model(root: Path) -> _Check[Path | str]:
+    """A directory, or the name of a model on the Hub, as text."""
+
+    def check(value: Any) -> Path | str:
         path = _path(value, root)
+        if is_id(value, root):
+            return str(value)
         if not path.is_dir():
             raise _UnfitError("a directory", f"{path}, which {_is_not(path, 'a directory')}")
         return path

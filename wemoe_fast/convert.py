@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapters import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, is_adapter
 from .atomic import check_output, replaced_directory
 from .checkpoint import MAX_SHARD_BYTES, carry_files
 from .errors import CheckpointError
@@ -25,7 +27,8 @@ def convert(
     refuses anything that would call other code.
 
     Args:
-        source: a directory with ``pytorch_model*.bin`` or one other pickle file (.bin, .pt, .pth, .ckpt).
+        source: a directory with ``pytorch_model*.bin``, a LoRA adapter's ``adapter_model.bin``, or one other pickle
+            file (.bin, .pt, .pth, .ckpt).
         out: a new directory, see ``checkpoint.save``.
 
     Returns:
@@ -35,7 +38,8 @@ def convert(
         CheckpointError: nothing to convert, or a file that holds more than named tensors.
     """
     source, out = Path(source), Path(out)
-    files = sorted(source.glob("pytorch_model*.bin")) or pickle_files(source)
+    adapter = (source / ADAPTER_PICKLE).is_file() and is_adapter(source)
+    files = [source / ADAPTER_PICKLE] if adapter else sorted(source.glob("pytorch_model*.bin")) or pickle_files(source)
     if not files:
         raise CheckpointError(f"{source}: expected pickle files (.bin, .pt, .pth, .ckpt), found none")
     if len(files) > 1 and not files[0].name.startswith("pytorch_model"):
@@ -51,10 +55,11 @@ def convert(
         tensors |= _named_tensors(path)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with replaced_directory(out, overwrite=overwrite) as target:
-        shards = plan_shards(specs, max_shard_bytes)
+        shards = plan_shards(specs, sum(spec.nbytes for spec in specs) if adapter else max_shard_bytes)
+        shards = [replace(shard, file=ADAPTER_WEIGHTS) for shard in shards] if adapter else shards
         for _ in write_shards(shards, target, lambda spec: iter([(0, tensors[spec.name].detach())])):
             pass
-        for name in ("config.json", "generation_config.json"):
+        for name in (ADAPTER_CONFIG,) if adapter else ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
         carry_files(source, target)

@@ -14,14 +14,17 @@ from torch import nn
 from tqdm import tqdm
 
 from . import __version__
+from .adapters import is_adapter, with_adapter
 from .atomic import check_output, remove_leftovers, replaced_directory
 from .checkpoint import MAX_SHARD_BYTES, import_transformers, load, load_pretrained, write_description
 from .config import Recipe
 from .errors import CheckpointError
+from .hub import name_of
 from .inspection import aligned, readable_size
 from .preflight import Copied, Initialised, Merged, MergePlan, Stacked, plan_merge
 from .report import write_json
 from .sharded import plan_shards
+from .shared import share
 from .streaming import input_bytes, input_files, resident_bytes, sha256, stamps, workspace_bytes, write_tensors
 from .upscale import task_arithmetic, weight_average
 
@@ -29,12 +32,19 @@ MANIFEST_FILE = "merge.json"
 
 
 def load_recipe_models(recipe: Recipe) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The base and the experts of a recipe; every checkpoint that cannot be read is reported at once."""
+    """The base and the experts of a recipe; every checkpoint that cannot be read is reported at once.
+
+    An expert is in the dtype of its own checkpoint; one that is an adapter in float32 or wider. With ``recipe.share``
+    hand both to ``share``.
+    """
     problems = []
     models: dict[str, nn.Module] = {}
     for name, directory in {"": recipe.base, **recipe.experts}.items():
         try:
-            models[name] = load_pretrained(directory)
+            if not is_adapter(directory):
+                models[name] = load_pretrained(directory)
+            elif "" in models:
+                models[name] = with_adapter(models[""], directory, share=recipe.share)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -142,6 +152,9 @@ def coverage(plan: MergePlan) -> str:
     names = sorted({name for ignored in plan.ignored.values() for name in ignored})
     more = [f"{len(names) - 8} more"] if len(names) > 8 else []
     listed = [f"ignored: {', '.join(names[:8] + more)}"] if names else []
+    listed += [f"left to expert {name!r}: {', '.join(left)}" for name, left in plan.left.items() if left]
+    listed += [f"the base's alone: {', '.join(plan.kept)}"] if plan.kept else []
+    listed += plan.notes
     return "\n".join([*aligned([row + [""] * (4 - len(row)) for row in rows]), *listed])
 
 
@@ -176,9 +189,9 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with the directories' names for their paths."""
-    experts = {name: path.name for name, path in recipe.experts.items()}
-    return {**vars(recipe), "base": recipe.base.name, "experts": experts}
+    """The recipe with names for the directories: their own, or the name on the Hub and the commit."""
+    experts = {name: name_of(path) for name, path in recipe.experts.items()}
+    return {**vars(recipe), "base": name_of(recipe.base), "experts": experts}
 
 
 def _manifest(plan: MergePlan, tick: Callable[[int], object]) -> dict[str, Any]:
@@ -192,6 +205,8 @@ def _manifest(plan: MergePlan, tick: Callable[[int], object]) -> dict[str, Any]:
         "format_version": 1,
         "recipe": _named(plan.recipe),
         "inputs": {"base": hashes[plan.recipe.base], "experts": experts},
+        "left": plan.left,
+        "kept": plan.kept,
         "versions": {
             "wemoe_fast": __version__,
             "python": platform.python_version(),
@@ -204,6 +219,8 @@ def _manifest(plan: MergePlan, tick: Callable[[int], object]) -> dict[str, Any]:
 def baselines(recipe: Recipe, *, experts: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """What a WEMoE model is compared with, one after the other: (row name, model)."""
     base, tuned = load_recipe_models(recipe)
+    if recipe.share:
+        tuned = share(base, tuned).experts
     yield "pretrained", base
     if experts:
         for name, model in tuned.items():

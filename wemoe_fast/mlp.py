@@ -85,13 +85,13 @@ class FastWEMoEMLP(nn.Module):
         Args:
             base: the pretrained MLP: two linears and an activation, or gated (gate, up, down); biases or none;
                 any floating dtype. Recognised by structure and verified by running it once.
-            experts: T modules fine-tuned from ``base``. Nothing given is changed or referenced.
+            experts: T modules fine-tuned from ``base``, in any floating dtype; nothing given is changed or referenced.
             router_depth, init_lambda, normalization, temperature, top_k, batch_reduce: see ``Router``.
             batch_first, batch_invariant: see the class.
 
         Raises:
             InputError: no expert, a module that is no MLP, experts that differ from the base in structure,
-                shape, dtype or device, weights that are not finite: everything found, at once.
+                shape or device, weights that are not finite: everything found, at once.
         """
         named = experts if isinstance(experts, Mapping) else {str(t): e for t, e in enumerate(experts)}
         parts: dict[str, MLPParts] = {}

@@ -5,33 +5,31 @@ The models are built on the meta device: no tensor of any checkpoint is read.
 
 from __future__ import annotations
 
-import json
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .checkpoint import (
-    architecture,
-    import_transformers,
-    is_wemoe_directory,
-    quiet_transformers,
-    transformers_class,
-)
+from . import shared
+from .adapters import Adapter, fit, is_adapter, read_adapter
+from .checkpoint import is_wemoe_directory
 from .config import Recipe
 from .errors import CheckpointError, WEMoEError
 from .families import MLPSite, locate_mlps
 from .headers import TensorEntry, read_checkpoint
+from .hub import name_of, same_model
 from .linears import bias_of, is_transposed, sizes, weight_of
 from .mlp import FastWEMoEMLP
+from .operands import LowRank, Operand
 from .router import Router
 from .sharded import TensorSpec
+from .skeletons import Skeletons
+from .stored_names import StoredNames
+from .structure import DTYPES
 from .task_vectors import MergedLinear
 from .upscale import MergeInfo, expert_parts, install
 
@@ -44,7 +42,7 @@ class Merged:
     """A tensor merged by task arithmetic: that of the base and those of the experts, in their order."""
 
     base: TensorEntry
-    experts: tuple[TensorEntry, ...]
+    experts: tuple[Operand, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Stacked:
     """The stack [1+T, ...] of base and task vectors, each transposed first where the inputs are [in, out]."""
 
     base: TensorEntry
-    experts: tuple[TensorEntry, ...]
+    experts: tuple[Operand, ...]
     transposed: bool = False
 
 
@@ -85,6 +83,9 @@ class MergePlan:
         aliases: names that stand for a stored tensor (tied weights) -> its name.
         twins: tensors that are stored twice though the model ties them: (kept, other), which must be equal.
         ignored: what checkpoints store and their class has no use for, by the checkpoint's directory.
+        left: expert -> what of it is not merged, by its own names: heads and vocabularies, with ``recipe.share``.
+        kept: the base's parameters that are not merged, because not all experts have them.
+        notes: what is worth knowing of the inputs, a sentence each.
     """
 
     recipe: Recipe
@@ -93,6 +94,9 @@ class MergePlan:
     aliases: dict[str, str]
     twins: tuple[tuple[TensorEntry, TensorEntry], ...]
     ignored: dict[Path, tuple[str, ...]]
+    left: dict[str, tuple[str, ...]]
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def output_bytes(self) -> int:
@@ -107,12 +111,14 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """The tensors of one model by the names its class gives them, and those that it ignores."""
+    """The tensors of one model by the names its class gives them, those that it ignores, and what adapters add."""
 
     directory: Path
     entries: dict[str, TensorEntry]
     ignored: tuple[str, ...]
     twins: tuple[tuple[TensorEntry, TensorEntry], ...]
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
 
 
 def plan_merge(recipe: Recipe) -> MergePlan:
@@ -126,12 +132,18 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     directories = {BASE: recipe.base, **recipe.experts}
     stored: dict[str, dict[str, TensorEntry]] = {}
     skeletons: dict[str, nn.Module] = {}
-    made = _Skeletons()
+    adapters: dict[str, Adapter] = {}
+    made = Skeletons()
     problems: list[str] = []
     for name, directory in directories.items():
         try:
             if is_wemoe_directory(directory):
                 raise CheckpointError(f"{directory}: expected an ordinary checkpoint, found a WEMoE model")
+            if is_adapter(directory) and name == BASE:
+                raise CheckpointError(f"{directory}: expected a whole checkpoint as the base, found an adapter")
+            if is_adapter(directory):
+                adapters[name] = read_adapter(directory)
+                continue
             stored[name] = read_checkpoint(directory)
             skeletons[name] = made.of(directory, stored[name].values())
         except CheckpointError as error:
@@ -139,142 +151,25 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     if problems:
         raise CheckpointError.of("recipe", problems)
     base = skeletons[BASE]
-    shared = _Names(base)
-    found = {name: _assign(name, directories[name], stored[name], shared, problems) for name in directories}
-    problems += _class_problems(skeletons, directories)
-    problems += _tensor_problems(found, base, shared)
+    names = StoredNames(base)
+    own = {name: names if name == BASE or not recipe.share else StoredNames(m) for name, m in skeletons.items()}
+    found = {name: _assign(name, directories[name], stored[name], own[name], recipe.share, problems) for name in stored}
+    for name, adapter in adapters.items():
+        found[name] = _adapted(name, adapter, found[BASE], names, recipe.share, problems)
+    problems += [] if recipe.share else _class_problems(skeletons, directories)
+    for name in stored:
+        problems += _tensor_problems(name, found[name], None if recipe.share else found[BASE], own[name])
     if problems:
-        raise CheckpointError.of(f"merging into {type(base).__name__}", problems)
-    return _plan(recipe, skeletons, found, shared)
-
-
-class _Skeletons:
-    """Models on the meta device, one for all checkpoints of the same configuration."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, nn.Module] = {}
-
-    def of(self, directory: Path, entries: Iterable[TensorEntry]) -> nn.Module:
-        """The model of a Hugging Face checkpoint in the dtype it would be loaded in.
-
-        ``entries``: its tensors, the first of which give the dtype where ``config.json`` does not.
-
-        Raises:
-            CheckpointError: no ``config.json``, or one that cannot be understood.
-        """
-        transformers = import_transformers()
-        cls = transformers_class(directory, architecture(directory))
-        try:
-            with quiet_transformers():
-                config = cls.config_class.from_pretrained(str(directory), local_files_only=True)
-                dtype = _dtype(config) or next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
-                major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-                setattr(config, "dtype" if (major, minor) >= (4, 56) else "torch_dtype", dtype)
-                content = {**config.to_dict(), "_name_or_path": "", "transformers_version": ""}
-                key = f"{cls.__name__} {json.dumps(content, sort_keys=True, default=str)}"
-                if key not in self._made:
-                    with _default_dtype(dtype), torch.device("meta"), torch.random.fork_rng(devices=[]):
-                        self._made[key] = cls(config).eval()
-                    _keep_in_float32(self._made[key], dtype)
-        except Exception as error:  # a damaged config.json can fail anywhere in another package
-            reason = f"could not be read as {cls.__name__}: {error}"
-            raise CheckpointError(f"{directory / 'config.json'}: {reason}") from error
-        return self._made[key]
-
-
-def _dtype(config: Any) -> torch.dtype | None:
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return dtype if isinstance(dtype, torch.dtype) else None
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
-    """Modules that transformers keeps in float32 in a model of half precision."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        if any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in kept):
-            parameter.data = parameter.data.float()
-
-
-class _Names:
-    """The names under which a model's class knows its tensors, and those under which files may store them."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        self.parameters = {name for name, tensor in self.targets.items() if isinstance(tensor, nn.Parameter)}
-        self.prefix: str = getattr(model, "base_model_prefix", "")
-        ids: dict[int, list[str]] = defaultdict(list)
-        for name, tensor in self.targets.items():
-            ids[id(tensor)].append(name)
-        self.first = {name: names[0] for names in ids.values() for name in names}
-        self._renamings, self._converters = _transforms(model)
-        self._ignored = _patterns(model)
-
-    def of(self, stored: str) -> str | None:
-        """The model's name for a stored tensor; None for one that it has no place for."""
-        for name in dict.fromkeys([self._renamed(stored), stored]):
-            for candidate in (self._without_prefix(name), name, f"{self.prefix}.{name}"):
-                if candidate in self.targets:
-                    return candidate
-        return None
-
-    def ignores(self, stored: str) -> bool:
-        """True for what old versions stored and nobody needs."""
-        return any(pattern.search(stored) for pattern in self._ignored)
-
-    def converted(self, stored: str) -> bool:
-        """True where loading would take the tensor apart or join it with others."""
-        return any(converter.rename_source_key(stored)[1] is not None for converter in self._converters)
-
-    def _renamed(self, name: str) -> str:
-        for renaming in self._renamings:
-            name = renaming(name)
-        return name
-
-    def _without_prefix(self, name: str) -> str:
-        return name.removeprefix(f"{self.prefix}.") if self.prefix else name
-
-
-def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
-    """What transformers does to stored names: functions of a name, and converters of tensors."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:  # before 5.0
-        mapping: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-        old = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias", **mapping}
-        return [lambda name, a=a, b=b: re.sub(a, b, name) for a, b in old.items()], []
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
-    return [lambda name, r=r: r.rename_source_key(name)[0] for r in renamings], converters
-
-
-def _patterns(model: Any) -> list[re.Pattern[str]]:
-    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    patterns |= {r"rotary_emb\.inv_freq"} if "inv_freq" in buffers else set()
-    patterns |= {r"(^|\.)position_ids$"} if "position_ids" in buffers else set()
-    return [re.compile(pattern) for pattern in sorted(patterns)]
+        raise CheckpointError(
+            f"{CheckpointError.of(f'merging into {type(base).__name__}', problems)}{_way_out(recipe, skeletons)}"
+        )
+    return _plan(recipe, skeletons, adapters, found, names)
 
 
 def _assign(
-    owner: str, directory: Path, stored: Mapping[str, TensorEntry], names: _Names, problems: list[str]
+    owner: str, directory: Path, stored: Mapping[str, TensorEntry], names: StoredNames, own: bool, problems: list[str]
 ) -> _Checkpoint:
-    """Give the stored tensors the model's names; tied tensors that of the first."""
+    """Give the stored tensors the model's names, an expert's ``own`` or the base's; tied tensors that of the first."""
     entries: dict[str, TensorEntry] = {}
     ignored, twins = [], []
     for name, entry in stored.items():
@@ -282,7 +177,8 @@ def _assign(
         if target is None and names.ignores(name):
             ignored.append(name)
         elif target is None:
-            reason = f"is no part of {type(names.model).__name__}{'' if owner == BASE else ', the class of the base'}"
+            whose = "" if owner == BASE or own else ", the class of the base"
+            reason = f"is no part of {type(names.model).__name__}{whose}"
             if names.converted(name):
                 reason = "is one that transformers takes apart or joins when it loads, which a merge cannot"
             problems.append(
@@ -305,35 +201,57 @@ def _class_problems(skeletons: Mapping[str, nn.Module], directories: Mapping[str
     ]
 
 
-def _tensor_problems(found: Mapping[str, _Checkpoint], base: nn.Module, names: _Names) -> list[str]:
+def _adapted(
+    owner: str, adapter: Adapter, base: _Checkpoint, names: StoredNames, share: bool, problems: list[str]
+) -> _Checkpoint:
+    """The base with what an adapter adds and replaces."""
+    fitted = fit(adapter, names, share=share)
+    problems += [f"{_who(owner)}: {problem}" for problem in fitted.problems]
+    entries = {**base.entries, **fitted.whole}
+    return _Checkpoint(adapter.directory, entries, (), tuple(fitted.twins), fitted.updates, tuple(fitted.left))
+
+
+def _way_out(recipe: Recipe, skeletons: Mapping[str, nn.Module]) -> str:
+    """A line that names ``share`` where experts differ from the base in what could be left to them."""
+    if recipe.share:
+        return ""
+    try:
+        fits = shared.fit(skeletons[BASE], {n: m for n, m in skeletons.items() if n != BASE}, locate_mlps)
+    except WEMoEError:
+        return ""
+    outside = list(dict.fromkeys([*fits.kept, *(path for paths in fits.left.values() for path in paths)]))
+    more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+    return (
+        f"\nshare: true in the recipe merges the layers alone, without {', '.join(outside[:4])}{more}"
+        if outside
+        else ""
+    )
+
+
+def _tensor_problems(owner: str, checkpoint: _Checkpoint, base: _Checkpoint | None, names: StoredNames) -> list[str]:
+    """What is missing, mis-shaped or mis-typed; an expert is held against the base, where that has the tensor."""
     problems = []
-    ours = found[BASE]
-    for owner, checkpoint in found.items():
-        for name, target in names.targets.items():
-            if names.first[name] != name or (owner != BASE and name not in names.parameters):
-                continue
-            entry, reference = checkpoint.entries.get(name), ours.entries.get(name)
-            # The base is held against its class, an expert against the base, where the base has the tensor.
-            where = f"{reference.path}" if owner != BASE and reference else f"{ours.directory / 'config.json'}"
-            shape = reference.shape if owner != BASE and reference else tuple(target.shape)
-            if entry is None:
-                missing = f"{name} is missing from {checkpoint.directory}"
-                problems.append(f"{_who(owner)}: {missing}: expected shape {shape} as in {where}")
-                continue
-            if entry.shape != shape:
-                problems.append(
-                    f"{_who(owner)}: {name}: expected shape {shape} as in {where}, found {entry.shape} in {entry.path}"
-                )
-            if owner != BASE and reference and entry.dtype != reference.dtype:
-                problems.append(
-                    f"{_who(owner)}: {name}: expected dtype {_name(reference.dtype)} as in {where}, found "
-                    f"{_name(entry.dtype)} in {entry.path}; convert the expert to the base's dtype"
-                )
-            elif entry.dtype.is_floating_point != target.is_floating_point():
-                problems.append(
-                    f"{_who(owner)}: {name}: expected a dtype like {_name(target.dtype)} for {type(base).__name__}, "
-                    f"found {_name(entry.dtype)} in {entry.path} (quantised?)"
-                )
+    for name, target in names.targets.items():
+        if names.first[name] != name or (owner != BASE and name not in names.parameters):
+            continue
+        entry = checkpoint.entries.get(name)
+        reference = None if base is None or owner == BASE else base.entries.get(name)
+        where = f"{reference.path}" if reference else f"{(base or checkpoint).directory / 'config.json'}"
+        shape = reference.shape if reference else tuple(target.shape)
+        if entry is None:
+            missing = f"{name} is missing from {checkpoint.directory}"
+            problems.append(f"{_who(owner)}: {missing}: expected shape {shape} as in {where}")
+            continue
+        if entry.shape != shape:
+            problems.append(
+                f"{_who(owner)}: {name}: expected shape {shape} as in {where}, found {entry.shape} in {entry.path}"
+            )
+        fits = entry.dtype in DTYPES if target.is_floating_point() else not entry.dtype.is_floating_point
+        if not fits:
+            problems.append(
+                f"{_who(owner)}: {name}: expected a dtype like {_name(target.dtype)} for "
+                f"{type(names.model).__name__}, found {_name(entry.dtype)} in {entry.path} (quantised?)"
+            )
     return problems
 
 
@@ -346,24 +264,52 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _plan(
-    recipe: Recipe, skeletons: Mapping[str, nn.Module], found: Mapping[str, _Checkpoint], names: _Names
+    recipe: Recipe,
+    skeletons: Mapping[str, nn.Module],
+    adapters: Mapping[str, Adapter],
+    found: Mapping[str, _Checkpoint],
+    names: StoredNames,
 ) -> MergePlan:
     model = skeletons[BASE]
     sites = locate_mlps(model)
+    whole = {name: skeletons[name] for name in recipe.experts if name in skeletons}
+    places: dict[str, dict[str, str]] = {}
+    left = {name: found[name].left for name in recipe.experts}
+    kept: tuple[str, ...] = ()
     problems = []
-    for name in recipe.experts:
+    if recipe.share and whole:
+        try:
+            fits = shared.fit(model, whole, locate_mlps)
+            places, kept = fits.places, fits.kept
+            left |= fits.left
+        except WEMoEError as error:
+            problems.append(str(error))
+    for name in [] if recipe.share else whole:
         try:
             problems += _activation_problems(name, skeletons[name], model, sites)
         except WEMoEError as error:
             problems.append(str(error))
     if problems:
         raise CheckpointError.of(f"merging into {type(model).__name__}", problems)
+    dtypes = {name: {n: t.dtype for n, t in m.state_dict().items()} for name, m in skeletons.items()}
+
+    def operand(expert: str, name: str) -> Operand:
+        """The expert's tensor of that name; the base's where it is not shared."""
+        checkpoint = found[expert]
+        if expert in adapters:
+            wide = torch.promote_types(dtypes[BASE][name], torch.float32)
+            return Operand(checkpoint.entries[name], wide, checkpoint.updates.get(name))
+        own = places.get(expert, {}).get(name) if recipe.share else name
+        if own is None:
+            return Operand(found[BASE].entries[name], dtypes[BASE][name])
+        return Operand(checkpoint.entries[own], dtypes[expert].get(own, dtypes[BASE][name]))
+
     paths = {module: path for path, module in model.named_modules()}
     sources: dict[str, Source] = {}
-    for name in names.targets:
-        entry = found[BASE].entries[names.first[name]]
+    for name, kept_as in names.first.items():
+        entry = found[BASE].entries[kept_as]
         if name in names.parameters:
-            sources[name] = Merged(entry, tuple(found[e].entries[names.first[name]] for e in recipe.experts))
+            sources[name] = Merged(entry, tuple(operand(expert, kept_as) for expert in recipe.experts))
         else:
             sources[name] = Copied(entry)
     layers = {}
@@ -371,10 +317,10 @@ def _plan(
         layers[site.path] = _layer(site, recipe)
         for role, linear in site.parts.linears().items():
             for kind, stacked in (("weight", "stack"), ("bias", "bias")):
-                whole = sources.pop(f"{paths[linear]}.{kind}", None)
-                if isinstance(whole, Merged):
+                merged = sources.pop(f"{paths[linear]}.{kind}", None)
+                if isinstance(merged, Merged):
                     transposed = kind == "weight" and is_transposed(linear)
-                    sources[f"{site.path}.{role}.{stacked}"] = Stacked(whole.base, whole.experts, transposed)
+                    sources[f"{site.path}.{role}.{stacked}"] = Stacked(merged.base, merged.experts, transposed)
         for name in layers[site.path].router.state_dict():
             sources[f"{site.path}.router.{name}"] = Initialised(site.path, name)
     emptied = tuple(path for site in sites for path in site.emptied)
@@ -390,7 +336,59 @@ def _plan(
             first[id(tensor)] = name
             tensors[TensorSpec(name, tensor.dtype, tuple(tensor.shape))] = sources[name]
     twins = tuple(pair for checkpoint in found.values() for pair in checkpoint.twins)
-    return MergePlan(recipe, model, tensors, aliases, twins, {c.directory: c.ignored for c in found.values()})
+    ignored = {checkpoint.directory: checkpoint.ignored for checkpoint in found.values()}
+    notes = _notes(recipe, adapters, found, dtypes, tensors)
+    return MergePlan(recipe, model, tensors, aliases, twins, ignored, left, kept, tuple(notes))
+
+
+def _notes(
+    recipe: Recipe,
+    adapters: Mapping[str, Adapter],
+    found: Mapping[str, _Checkpoint],
+    dtypes: Mapping[str, Mapping[str, torch.dtype]],
+    tensors: Mapping[TensorSpec, Source],
+) -> list[str]:
+    """Dtypes other than the base's or than stored, and what adapters are."""
+    notes = []
+    for name, checkpoint in found.items():
+        held = dtypes.get(name, {})
+        stored = Counter(
+            (entry.dtype, held[key])
+            for key, entry in checkpoint.entries.items()
+            if key in held and entry.dtype.is_floating_point and entry.dtype != held[key]
+        )
+        notes += [
+            f"{_who(name)}: {count} of {len(checkpoint.entries)} tensors are stored in {_name(before)} and taken as "
+            f"{_name(after)}, as transformers loads them"
+            for (before, after), count in stored.items()
+        ]
+    for place, name in enumerate(recipe.experts):
+        if name in adapters:
+            adapter, checkpoint = adapters[name], found[name]
+            ranks = sorted({adapter.rank_of(module) for module in adapter.parts})
+            of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+            replaced = len(set(checkpoint.entries.values()) - set(found[BASE].entries.values()))
+            notes.append(
+                f"{_who(name)} is a LoRA adapter{of}: {len(checkpoint.updates)} tensors adapted, {replaced} replaced"
+            )
+            if adapter.base and not same_model(adapter.base, recipe.base):
+                notes.append(
+                    f"{_who(name)}: its adapter was trained on {adapter.base!r:.120}, the recipe's base is "
+                    f"{name_of(recipe.base)!r}; nothing in it tells whether they are the same"
+                )
+            continue
+        others = {
+            (source.experts[place].dtype, spec.dtype)
+            for spec, source in tensors.items()
+            if isinstance(source, (Merged, Stacked))
+        }
+        notes += [
+            f"{_who(name)} is {_name(theirs)}, the base {_name(ours)}: they are subtracted in "
+            f"{_name(torch.promote_types(ours, torch.float32))}, and the result is {_name(ours)}"
+            for theirs, ours in sorted(others, key=str)
+            if theirs != ours
+        ]
+    return notes
 
 
 def _activation_problems(name: str, expert: nn.Module, base: nn.Module, sites: list[MLPSite]) -> list[str]:
@@ -413,7 +411,11 @@ def _layer(site: MLPSite, recipe: Recipe) -> FastWEMoEMLP:
         }
         router = new_router(site.parts.in_features, recipe, dtype)
         return FastWEMoEMLP(
-            router=router, activation=site.parts.activation, batch_first=site.batch_first, **linears
+            router=router,
+            activation=site.parts.activation,
+            batch_first=site.batch_first,
+            decode_routing=recipe.decode_routing,
+            **linears,
         ).to(dtype)
 
 

@@ -8,7 +8,7 @@ classifier = shared.model_of("sentiment", model)    # that expert's own head on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,47 +85,76 @@ def share(base: nn.Module, experts: Mapping[str, nn.Module]) -> Shared:
         UnknownArchitectureError: a model without MLPs of a known family.
         InputError: no expert, or experts whose layers do not fit the base's, everything at once.
     """
+    fits = fit(base, experts)
+    tensors = {name: dict(expert.named_parameters()) for name, expert in experts.items()}
+    return Shared(
+        experts={
+            name: _like(base, {ours: tensors[name][theirs] for ours, theirs in fits.places[name].items()})
+            for name in experts
+        },
+        originals=dict(experts),
+        prefixes=fits.prefixes,
+        left=fits.left,
+        kept=fits.kept,
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What :func:`share` finds, by names; ``places``: name -> the base's name of every shared parameter -> its own."""
+
+    places: dict[str, dict[str, str]]
+    prefixes: dict[str, tuple[str, str]]
+    left: dict[str, tuple[str, ...]]
+    kept: tuple[str, ...]
+
+
+def fit(
+    base: nn.Module, experts: Mapping[str, nn.Module], find: Callable[[nn.Module], list[MLPSite]] = find_mlps
+) -> Fit:
+    """:func:`share` without its models; with ``families.locate_mlps`` for models on the meta device."""
     if not experts:
         raise InputError("share: expected at least one expert, found none")
-    sites = find_mlps(base)
+    sites = find(base)
     ours = dict(base.named_parameters())
-    layers = tuple(_stack(base, site) for site in sites)
+    layers = stacks(base, sites)
     prefixes: dict[str, tuple[str, str]] = {}
-    fitting: dict[str, dict[str, nn.Parameter]] = {}
+    fitting: dict[str, dict[str, str]] = {}
     problems = []
     for name, expert in experts.items():
         try:
-            prefixes[name] = _prefixes(base, sites, expert)
+            prefixes[name] = _prefixes(base, sites, expert, find(expert))
         except InputError as error:
             problems.append(f"expert {name!r}: {error}")
             continue
         before, after = prefixes[name]
         theirs = {
-            before + path.removeprefix(after): parameter
+            before + path.removeprefix(after): (path, parameter)
             for path, parameter in expert.named_parameters()
             if path.startswith(after)
         }
-        fitting[name] = {p: theirs[p] for p in ours.keys() & theirs.keys() if theirs[p].shape == ours[p].shape}
+        fitting[name] = {p: theirs[p][0] for p in ours if p in theirs and theirs[p][1].shape == ours[p].shape}
         inside = [p for p in {**ours, **theirs} if p.startswith(layers)]
         problems += [
-            f"expert {name!r}: {p}: expected {_what(ours.get(p))} as in the base's layers, found {_what(theirs.get(p))}"
+            f"expert {name!r}: {p}: expected {_what(ours.get(p))} as in the base's layers, "
+            f"found {_what(theirs[p][1] if p in theirs else None)}"
             for p in inside
             if p not in fitting[name]
         ]
     if problems:
         raise InputError.of(f"sharing the layers of {type(base).__name__}", problems)
-    shared = [p for p in ours if all(p in fits for fits in fitting.values())]
+    shared = [p for p in ours if all(p in places for places in fitting.values())]
+    places = {name: {p: fitting[name][p] for p in shared} for name in experts}
     left = {}
     for name, expert in experts.items():
-        merged = {id(fitting[name][p]) for p in shared}
-        left[name] = tuple(path for path, parameter in expert.named_parameters() if id(parameter) not in merged)
-    return Shared(
-        experts={name: _like(base, {p: fitting[name][p] for p in shared}) for name in experts},
-        originals=dict(experts),
-        prefixes=prefixes,
-        left=left,
-        kept=tuple(p for p in ours if p not in set(shared)),
-    )
+        merged = set(places[name].values())
+        left[name] = tuple(path for path, _ in expert.named_parameters() if path not in merged)
+    return Fit(places, prefixes, left, tuple(p for p in ours if p not in set(shared)))
+
+
+def stacks(model: nn.Module, sites: list[MLPSite]) -> tuple[str, ...]:
+    """What the names of the parameters in the stacks of layers around a model's MLPs begin with."""
+    return tuple(dict.fromkeys(_stack(model, site) for site in sites))
 
 
 def _stack(model: nn.Module, site: MLPSite) -> str:
@@ -138,9 +167,8 @@ def _stack(model: nn.Module, site: MLPSite) -> str:
     return f"{'.'.join(parts)}." if parts else ""
 
 
-def _prefixes(base: nn.Module, sites: list[MLPSite], expert: nn.Module) -> tuple[str, str]:
+def _prefixes(base: nn.Module, sites: list[MLPSite], expert: nn.Module, theirs: list[MLPSite]) -> tuple[str, str]:
     """What the paths of the base's and of the expert's layers begin with before they are the same."""
-    theirs = find_mlps(expert)
     if len(theirs) != len(sites):
         raise InputError(f"expected {len(sites)} MLPs as in the base, found {len(theirs)}")
     one, other = sites[0].host.split("."), theirs[0].host.split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 from collections import Counter
@@ -12,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .adapters import adapter_files, is_adapter
 from .errors import CheckpointError, InputError
 from .headers import INDEX_FILE, TensorEntry, read_columns, read_tensor, weight_files
+from .operands import Operand
 from .preflight import Copied, Initialised, Merged, MergePlan, Stacked, new_router
 from .sharded import Piece, Shard, TensorSpec, write_shards
 from .upscale import seeded, wemoe_layers
@@ -54,12 +57,16 @@ def write_tensors(
 
 def workspace_bytes(plan: MergePlan) -> int:
     """What :func:`write_tensors` takes beside what is resident before it, at most."""
+    sources = [source for source in plan.tensors.values() if isinstance(source, (Merged, Stacked))]
+    operands = [operand for source in sources for operand in source.experts]
     widest = max((spec.dtype.itemsize for spec in plan.tensors), default=4)
+    widest = max([widest, *(operand.entry.dtype.itemsize for operand in operands)])
+    updates = max((o.update.workspace_bytes for o in operands if o.update is not None), default=0)
     routers = [
         sum(p.numel() * p.element_size() for p in m.router.parameters()) for m in wemoe_layers(plan.model).values()
     ]
     # Read, converted and wide, of base and expert; their sum and the result; what is finite and what is not.
-    return 10 * SLAB * max(4, widest) + 2 * max(routers, default=0) + (16 << 20)
+    return 10 * SLAB * max(4, widest) + updates + 2 * max(routers, default=0) + (16 << 20)
 
 
 def resident_bytes() -> int:
@@ -76,6 +83,9 @@ def input_files(plan: MergePlan) -> dict[Path, list[Path]]:
     """The files that a merge depends on, by directory."""
     found: dict[Path, list[Path]] = {}
     for directory in plan.inputs:
+        if is_adapter(directory):
+            found[directory] = adapter_files(directory)
+            continue
         others = [directory / name for name in ("config.json", INDEX_FILE)]
         found[directory] = [path for path in others if path.is_file()] + weight_files(directory)
     return found
@@ -120,6 +130,17 @@ class _Inputs:
         rows = entry.shape[0]
         return self._counted(entry, read_columns(entry, first // rows, count // rows).t().reshape(-1))
 
+    def expert(self, operand: Operand, source: Merged | Stacked, first: int, base: Tensor) -> Tensor:
+        """The elements of an expert where those of the base are ``base``, from ``first`` on, in its dtype."""
+        transposed = isinstance(source, Stacked) and source.transposed
+        tuned = base
+        if operand.entry != source.base:
+            read = self.read_transposed if transposed else self.read
+            tuned = read(operand.entry, first, base.numel()).to(operand.dtype).to(base.dtype)
+        if operand.update is None:
+            return tuned
+        return self._counted(operand.update.result, tuned + _added(operand, first, base, transposed))
+
     def _counted(self, entry: TensorEntry, slab: Tensor) -> Tensor:
         if slab.is_floating_point() or slab.is_complex():
             values = torch.view_as_real(slab) if slab.is_complex() else slab
@@ -156,6 +177,16 @@ class _Routers:
         return new_router(stack.shape[2], self._recipe, stack.dtype).state_dict()
 
 
+def _added(operand: Operand, first: int, base: Tensor, transposed: bool) -> Tensor:
+    """What an adapter adds to these elements; a transposed matrix is read in whole rows."""
+    assert operand.update is not None
+    shape = operand.entry.shape
+    if transposed:
+        rows = shape[0]
+        return operand.update.rows(first // rows, base.numel() // rows, base.dtype, transposed=True).view(-1)
+    return operand.update.elements(first, base.numel(), math.prod(shape[1:]), base.dtype)
+
+
 def _slabs(entry: TensorEntry, multiple: int = 1) -> Iterator[tuple[int, int]]:
     step = max(1, SLAB // max(1, multiple)) * max(1, multiple)
     return ((first, min(step, entry.numel - first)) for first in range(0, entry.numel, step))
@@ -168,7 +199,7 @@ def _merged(spec: TensorSpec, source: Merged, inputs: _Inputs, scaling: float) -
         pretrained = inputs.read(source.base, first, count).to(spec.dtype).to(wide)
         total = torch.zeros_like(pretrained)
         for expert in source.experts:
-            total += inputs.read(expert, first, count).to(spec.dtype).to(wide) - pretrained
+            total += inputs.expert(expert, source, first, pretrained) - pretrained
         yield first, (pretrained + scaling * total).to(spec.dtype)
 
 
@@ -181,7 +212,7 @@ def _stacked(spec: TensorSpec, source: Stacked, inputs: _Inputs) -> Iterator[Pie
         yield first, base
         reference = base.to(wide)
         for place, expert in enumerate(source.experts, 1):
-            tuned = read(expert, first, count).to(spec.dtype).to(wide)
+            tuned = inputs.expert(expert, source, first, reference)
             yield place * source.base.numel + first, (tuned - reference).to(spec.dtype)
 
 

@@ -59,7 +59,8 @@ def upscale(
 
     Args:
         base: the pretrained model; its MLPs are found by structure (``wemoe_fast.families``).
-        experts: name -> fine-tuned model of the same architecture. Nothing given is changed or referenced.
+        experts: name -> fine-tuned model of the same architecture, in any floating dtype: the base's is the
+            result's, and differences are formed in float32 or wider. Nothing given is changed or referenced.
         merge_lambda: task arithmetic's coefficient outside the MLPs.
         router_depth, init_lambda, normalization, temperature, top_k, batch_reduce: see ``Router``;
             ``init_lambda`` is ``merge_lambda`` unless given.
