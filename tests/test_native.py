@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
 import torch
 from conftest import merged_inputs, relative_rms
 
+from wemoe_fast import native as native_strategy
 from wemoe_fast import plan
 from wemoe_fast.errors import InputError
 from wemoe_fast.kernels import native
@@ -184,6 +186,67 @@ def test_any_number_of_workers_gives_the_same(threads, monkeypatch):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("team", ["PyTorch's", "our own"])
+@pytest.mark.parametrize("B", [1, 5])
+def test_threads_share_out_the_parts(B, team, monkeypatch):
+    """More threads than parts, and the other way round: the same bits."""
+    if team == "our own":
+        monkeypatch.setattr(native, "_team", lambda: None)
+    elif native._team() is None:
+        pytest.skip("PyTorch's threads are not within reach here")
+    x, dy, stack, w, bias = operands(B, 20, 300, 500, 3)
+    alone, alone_dx = torch.empty_like(dy), torch.empty_like(x)
+    native.merged_product(x, stack, w, bias, alone, slice(0, 500))
+    native.merged_product(dy, stack, w, None, alone_dx, slice(0, 300), lies=True)
+    for threads, most in ((2, 32), (3, 500), (4, 96)):
+        y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
+        native.merged_product(x, stack, w, bias, y, slice(0, 500), most=most, threads=threads)
+        native.merged_product(dy, stack, w, None, dx, slice(0, 300), lies=True, most=most, threads=threads)
+        assert torch.equal(y, alone)
+        assert torch.equal(dx, alone_dx)
+        dw = [
+            native.merged_product_dw(dy, x, stack, w.dtype, slice(0, 500), most=most, threads=n) for n in (1, threads)
+        ]
+        assert torch.equal(*dw)
+        assert relative_rms(dw[0], torch.einsum("bnh,bnd,thd->bt", dy.double(), x.double(), stack.double())) <= 4e-5
+
+
+def test_the_team_is_pytorchs():
+    """The threads that PyTorch's OpenMP hands out follow PyTorch's number of threads."""
+    if native._team() is None:
+        pytest.skip("PyTorch's threads are not within reach here")
+    found, threads = ctypes.CDLL(None).omp_get_max_threads, torch.get_num_threads()
+    try:
+        for number in (3, 1):
+            torch.set_num_threads(number)
+            assert found() == number
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("K", [1, 31, 1024, 1025, 2500])
+def test_one_sample_by_itself_is_merged_as_in_a_batch(K):
+    """The same bits, along rows shorter and longer than what is merged at once."""
+    x, dy, stack, w, bias = operands(2, 70, K, 50, 8)
+    both, first = torch.empty_like(dy), torch.empty_like(dy[:1])
+    native.merged_product(x, stack, w, bias, both, slice(0, 50))
+    native.merged_product(x[:1], stack, w[:1], bias, first, slice(0, 50))
+    assert torch.equal(first[0], both[0])
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu"])
+@pytest.mark.parametrize("size", [1, 1 << 12, 1 << 20])
+def test_activated_in_pieces_or_as_a_whole(activation, size, monkeypatch):
+    monkeypatch.setattr(native_strategy, "ACTIVATED_BYTES", size)
+    monkeypatch.setattr(native_strategy, "tokens_in_a_quarter", lambda *_: 3)
+    monkeypatch.setattr(plan, "NATIVE_ROWS", 32)
+    inputs = merged_inputs(3, 10, 2, d=20, h=150)
+    with torch.no_grad():
+        y = merged_linear(**inputs, activation=activation, strategy="native")
+        inputs = {name: tensor.double() for name, tensor in inputs.items()}
+        assert relative_rms(y, merged_linear(**inputs, activation=activation, strategy="reference")) <= 1e-6
+
+
 def test_not_finite_weights_stay_with_their_sample():
     inputs = merged_inputs(3, 4, 2)
     inputs["routing_weights"].data[1, 0] = torch.nan
@@ -218,6 +281,12 @@ def test_many_tokens_in_float32_are_left_to_larger_products():
     for dtype, strategy in ((torch.float32, "chunked"), (torch.bfloat16, "native")):
         inputs = merged_inputs(2, plan.NATIVE_TOKENS, 8, dtype=dtype)
         assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == strategy
+
+
+def test_one_weight_for_a_batch_is_left_to_shared_and_for_a_sample_is_not():
+    for B, N, strategy in ((1, 1, "native"), (1, plan.NATIVE_TOKENS_ALONE, "shared"), (2, 1, "shared")):
+        inputs = merged_inputs(B, N, 8)
+        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"][:1]).strategy == strategy
 
 
 def test_16_bit_products_are_left_to_processors_that_have_them(monkeypatch):

@@ -1,7 +1,7 @@
 """The strategy ``native``: the CPU kernels behind the same interface as the other strategies.
 
 As in ``chunked`` the weights of a sample exist a tile at a time, but a tile stays in the cache of the core that made
-it, and 16-bit numbers are widened there. What a token gives depends neither on the batch nor on the other tokens.
+it, and 16-bit numbers are widened there. A token's products depend neither on the batch nor on the other tokens.
 """
 
 from __future__ import annotations
