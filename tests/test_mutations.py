@@ -83,10 +83,12 @@ def test_what_hangs_or_breaks_is_reported(tmp_path, monkeypatch):
         while (folder / "x").read_bytes() != b"fine":
             pass
 
-    monkeypatch.setattr(mutations, "SECONDS", 0.1)
     for name, read in (("broken", broken), ("hanging", hanging)):
         monkeypatch.setitem(TARGETS, name, mutations.Target(lambda f: (f / "x").write_bytes(b"fine"), ("x",), read))
-    tallies = mutations.run(["broken", "hanging"], 4)
-    assert "KeyError" in tallies["broken"].failures[0]
-    assert "HangError" in tallies["hanging"].failures[0]
-    assert all(len(tally.failures) == 2 for tally in tallies.values())
+    failures = mutations.run(["broken"], 2)["broken"].failures
+    assert len(failures) == 2
+    assert "KeyError" in failures[0]
+    monkeypatch.setattr(mutations, "SECONDS", 0.1)
+    failures = mutations.run(["hanging"], 2)["hanging"].failures
+    assert len(failures) == 2
+    assert "HangError" in failures[0]
