@@ -67,20 +67,16 @@ SOFTMAX = {"normalization": "softmax"}
 SETTINGS = (
     Setting("published, lr 1e-4", 1e-4),
     Setting("published, lr 1e-3", 1e-3),
+    Setting("published and drift penalty 1", 1e-3, {}, {"drift_penalty": 1.0}),
     Setting("depth 1, lr 1e-3", 1e-3, DEPTH_1),
-    Setting("depth 1, lr 3e-3", 3e-3, DEPTH_1),
     Setting("depth 1, batch-reduced", 1e-3, DEPTH_1, {"routing": "batch_reduce"}),
     Setting("depth 1, drift penalty 1", 1e-3, DEPTH_1, {"drift_penalty": 1.0}),
     Setting("depth 1, drift penalty 10", 1e-3, DEPTH_1, {"drift_penalty": 10.0}),
-    Setting("softmax, depth 2, lr 1e-3", 1e-3, SOFTMAX),
     Setting("softmax, lr 1e-3", 1e-3, DEPTH_1 | SOFTMAX),
     Setting("softmax, lr 5e-3", 5e-3, DEPTH_1 | SOFTMAX),
-    Setting("softmax, lr 1e-2", 1e-2, DEPTH_1 | SOFTMAX),
-    Setting("softmax, temperature 0.3", 5e-3, DEPTH_1 | SOFTMAX | {"temperature": 0.3}),
     Setting("softmax, temperature 3", 5e-3, DEPTH_1 | SOFTMAX | {"temperature": 3.0}),
     Setting("softmax, batch-reduced", 5e-3, DEPTH_1 | SOFTMAX, {"routing": "batch_reduce"}),
     Setting("softmax, drift penalty 1", 5e-3, DEPTH_1 | SOFTMAX, {"drift_penalty": 1.0}),
-    Setting("softmax, drift penalty 10", 5e-3, DEPTH_1 | SOFTMAX, {"drift_penalty": 10.0}),
 )
 
 

@@ -169,8 +169,8 @@ def check_fashion(directory: Path) -> None:
 def read_csv(path: Path, side: int, white: int) -> Images:
     """Rows of side x side pixels from 0 to `white`, and a label."""
     with gzip.open(path, "rt", encoding="ascii") as file:
-        rows = np.loadtxt(io.StringIO(file.read()), delimiter=",", dtype=np.float32)
-    if rows.ndim != 2 or rows.shape[1] != side * side + 1:
+        rows = np.loadtxt(io.StringIO(file.read()), delimiter=",", dtype=np.float32, ndmin=2)
+    if rows.shape[1] != side * side + 1:
         raise CheckpointError(f"{path}: expected rows of {side * side + 1} numbers, found an array {rows.shape}")
     pixels = np.rint(rows[:, :-1] * (255 / white)).astype(np.uint8)
     return Images(pixels.reshape(-1, side, side), rows[:, -1].astype(np.int64))
