@@ -35,9 +35,9 @@ def test_gradients_reach_the_routers_and_not_the_copies() -> None:
     with penalty.watch():
         model(torch.randn(3, 5, D))
         penalty.take().backward()
-    for layer in wemoe_layers(model).values():
-        # d/db of the mean over two layers and two experts
-        torch.testing.assert_close(layer.router.output.bias.grad, torch.full((2,), 2 * 0.5 / 4))
+    first, last = (layer.router.output.bias.grad for layer in wemoe_layers(model).values())
+    torch.testing.assert_close(last, torch.full((2,), 2 * 0.5 / 4))  # of the mean over two layers and two experts
+    assert (first - last).abs().max() < 0.01, "but for what it does to the last one's hidden states"
     assert all(p.grad is None for _, copy in penalty._routers for p in copy.parameters())
 
 
