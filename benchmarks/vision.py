@@ -31,11 +31,9 @@ from .vision_data import CREDITS, FASHION_DIR, SIZES, TASKS, Images, Pools, draw
 from .vision_models import VisionTraining, base_model, expert, linear_probe, pixel_values
 
 RECIPE = {"merge_lambda": 0.3, "router_depth": 1, "normalization": "softmax"}
-ADAPTATION: dict[str, Any] = {"steps": 60, "lr": 1e-2, "batch_size": 8, "routing": "per_sample"}
+ADAPTATION: dict[str, Any] = {"steps": 90, "lr": 5e-3, "batch_size": 8, "routing": "per_sample", "drift_penalty": 1.0}
 BATCH_SIZE = 128
-QUICK_SIZES = {
-    source: {"train": 64, "adapt": 32, "tuning": 32, "test": 32} for source in SIZES
-}  # fmt: skip
+QUICK_SIZES = {source: {"train": 64, "adapt": 32, "tuning": 32, "test": 32} for source in SIZES}
 QUICK_TRAINING = VisionTraining(pretraining_images=512, pretraining_epochs=1, epochs=1)
 
 

@@ -35,7 +35,7 @@ TINY = VisionTraining(
 SIZES = {source: dict.fromkeys(vision_data.SPLITS, 20) for source in vision_data.SIZES}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
