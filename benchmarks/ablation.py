@@ -204,7 +204,7 @@ class Ablation:
         def compute() -> dict[str, Any]:
             problem = self._problem(seed)
             base, experts, tasks = problem.base, problem.experts, problem.tasks("test")
-            fresh = {"merge_lambda": MERGE_LAMBDA, "init_lambda": MERGE_LAMBDA, "seed": seed}
+            fresh: dict[str, Any] = {"merge_lambda": MERGE_LAMBDA, "init_lambda": MERGE_LAMBDA, "seed": seed}
             rows = {
                 "pretrained": evaluate(base, tasks, progress=False).accuracy,
                 "weight average": evaluate(weight_average(base, experts), tasks, progress=False).accuracy,

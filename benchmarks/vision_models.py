@@ -87,10 +87,10 @@ def pretrain(pools: Pools, training: VisionTraining, *, progress: bool = True) -
     """
     from transformers import ViTConfig, ViTModel
 
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings: dict[str, Any] = {**training.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ViTModel(ViTConfig(image_size=SIDE, num_channels=1, **training.config, **dropout))
+        model = ViTModel(ViTConfig(image_size=SIDE, num_channels=1, **settings))
         output = nn.Linear(training.config["hidden_size"], ORIENTATIONS)
         fashion = pixel_values(pools["fashion"]["pretrain"][: training.pretraining_images])
         mnist = pixel_values(pools["mnist"]["pretrain"])
@@ -148,7 +148,7 @@ def linear_probe(base: Path, images: Images, classes: tuple[str, ...]) -> Head:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     weight = (weight.detach() / scale).clone()
     return Head(weight, bias.detach() - weight @ mean, classes, pooling="mean")
 

@@ -120,7 +120,9 @@ def adapt(
     newest checkpoint no later ones.
     """
     world = world or World()
-    settings = dict(zip(SETTINGS, (lr, batch_size, seed, routing, patience, min_delta, drift_penalty), strict=True))
+    settings: dict[str, Any] = dict(
+        zip(SETTINGS, (lr, batch_size, seed, routing, patience, min_delta, drift_penalty), strict=True)
+    )
     layers = _checked(model, tasks, steps, settings, world)
     identity = None
     if checkpoints is not None or world.size > 1:
