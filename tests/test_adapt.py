@@ -76,9 +76,16 @@ def test_entropy_is_that_of_the_softmax() -> None:
     assert entropy(torch.tensor([[1e4, 0.0]])).item() == 0
 
 
-def test_it_is_the_published_procedure(model: nn.Module, tasks: list[Task]) -> None:
-    """Against a plain rendering of it: one graph over all tasks, backward, Adam."""
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_it_is_the_published_procedure(penalty: float, model: nn.Module, tasks: list[Task]) -> None:
+    """Against a plain rendering of it: one graph over all tasks, backward, Adam; and with a drift penalty."""
     expected = copy.deepcopy(model).eval()
+    moved: list[Tensor] = []
+    for layer in wemoe_layers(expected).values():
+        first = copy.deepcopy(layer.router).requires_grad_(False)
+        layer.router.register_forward_hook(
+            lambda _m, inputs, weights, first=first: moved.append(weights - first(*inputs).detach())
+        )
     parameters = [p for layer in wemoe_layers(expected).values() for p in layer.router.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.01)
     draws = {task.name: Draw(10, 4, 5, task.name) for task in tasks}
@@ -91,11 +98,13 @@ def test_it_is_the_published_procedure(model: nn.Module, tasks: list[Task]) -> N
             p = (expected(**inputs).mean(1) @ task.head.weight.T).softmax(-1)
             loss = -(p * p.log()).sum(-1).mean()
             losses[task.name].append(loss.item())
-            total = total + loss
+            squares = [difference.square().mean() for difference in moved]
+            moved.clear()
+            total = total + loss + penalty * sum(squares) / len(squares)
         total.backward()
         optimizer.step()
     before = routers(model)
-    found = adapt(model, tasks, steps=6, lr=0.01, batch_size=4, seed=5, progress=False)
+    found = adapt(model, tasks, steps=6, lr=0.01, batch_size=4, seed=5, drift_penalty=penalty, progress=False)
     for name, values in losses.items():
         assert found.entropy[name] == pytest.approx(values, rel=1e-4)
     for left, right in zip(routers(model), routers(expected), strict=True):
@@ -259,9 +268,11 @@ def test_all_bad_arguments_come_at_once(model: nn.Module, tasks: list[Task]) -> 
             batch_size=0,
             seed=1.5,  # type: ignore[arg-type]
             routing="per_batch",
+            drift_penalty=-1.0,
         )
     for part in (
-        "adapt: 7 problems",
+        "adapt: 8 problems",
+        "drift_penalty: expected a finite number of at least 0, found -1.0",
         "steps: expected an integer of at least 0, found -1",
         "lr: expected a finite number above 0, found nan",
         "batch_size: expected an integer of at least 1, found 0",
@@ -368,6 +379,33 @@ def test_drift_is_measured_against_the_first_step_or_one_expert(model: nn.Module
         nn.init.constant_(layer.router.output.bias, 0.3)
     found = adapt(model, tasks, steps=1, batch_size=10, progress=False)
     assert found.routing_drift == [pytest.approx(0.6)]
+
+
+@pytest.mark.parametrize("routing", ["per_sample", "batch_reduce"])
+def test_a_penalty_holds_the_routing_near_its_start(routing: str, tasks: list[Task]) -> None:
+    def distance(penalty: float) -> float:
+        first, model = build(), build()
+        adapt(
+            model, tasks, steps=30, lr=0.02, batch_size=10, drift_penalty=penalty, routing=routing, progress=False
+        )  # fmt: skip
+        x = tasks[0].data.batch(range(10))[0]["x"]
+        pairs = zip(wemoe_layers(first).values(), wemoe_layers(model).values(), strict=True)
+        with torch.no_grad():
+            return sum(float((a.routing_weights(x) - b.routing_weights(x)).square().mean()) for a, b in pairs)
+
+    free, held, fixed = (distance(penalty) for penalty in (0.0, 1.0, 100.0))
+    assert fixed < held / 4
+    assert held < 0.6 * free
+
+
+def test_a_penalty_needs_logits_that_depend_on_routers_too(model: nn.Module, tasks: list[Task]) -> None:
+    class Constant(Task):
+        def logits(self, model: nn.Module, inputs: Any) -> Tensor:
+            return super().logits(model, inputs).detach()
+
+    with pytest.raises(InputError, match="task 'constant': its logits do not depend on any router"):
+        adapt(model, [Constant("constant", tasks[0].head, tasks[0].data)], steps=1, drift_penalty=1.0, progress=False)
+    assert not any(layer.router._forward_hooks for layer in wemoe_layers(model).values())
 
 
 def test_draws_use_every_sample_before_any_again() -> None:

@@ -110,18 +110,21 @@ def run(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def test_two_processes_give_the_routers_of_one(problem: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("penalty", ["0", "5"])
+def test_two_processes_give_the_routers_of_one(penalty: str, problem: Path, tmp_path: Path) -> None:
     """Batches of 3: shares of 2 and 1."""
-    assert main(command(problem, tmp_path / "one", 4, steps=10)) == 0
-    with running(2, run, command(problem, tmp_path / "two", 4, steps=10)) as processes:
+    one, two = (command(problem, tmp_path / n, 4, "--drift-penalty", penalty, steps=10) for n in ("one", "two"))
+    assert main(one) == 0
+    with running(2, run, two) as processes:
         assert processes.results() == [0, 0]
     assert names(tmp_path) == ["one", "one.checkpoints", "two", "two.checkpoints"]
     assert names(tmp_path / "one.checkpoints") == names(tmp_path / "two.checkpoints")
     torch.testing.assert_close(routers(tmp_path / "one"), routers(tmp_path / "two"), rtol=1e-4, atol=1e-6)
-    one, two = (json.loads((tmp_path / name / "adaptation.json").read_text()) for name in ("one", "two"))
+    one, two = (json.loads((tmp_path / n / "adaptation.json").read_text()) for n in ("one", "two"))
     for name, values in one.pop("entropy").items():
         assert two["entropy"][name] == pytest.approx(values, rel=1e-4)
     assert two.pop("routing_drift") == pytest.approx(one.pop("routing_drift"), rel=1e-4)
+    assert one["drift_penalty"] == float(penalty)
     assert two.pop("entropy").keys() == {"one", "two", "three"}
     assert one == two
 

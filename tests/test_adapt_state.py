@@ -189,23 +189,32 @@ def test_the_fingerprint_sees_every_byte() -> None:
     assert fingerprint(build(), [unseen], {})["tasks"]["one"] == base["tasks"]["one"]
 
 
+@pytest.mark.parametrize("penalty", [0.0, 3.0])
 @pytest.mark.parametrize("routing", ["per_sample", "batch_reduce"])
-def test_more_steps_are_the_same_as_all_at_once(routing: str, tmp_path: Path) -> None:
+def test_more_steps_are_the_same_as_all_at_once(routing: str, penalty: float, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"routing": routing, "drift_penalty": penalty}
+
     def model() -> nn.Module:
         return build(init_lambda=1.0)  # above 1/T: drift is measured against the first step
 
-    expected, whole = run(tmp_path / "whole", steps=5, routing=routing, model=model())
-    run(tmp_path / "parts", steps=2, routing=routing, model=model())
-    found, parts = run(tmp_path / "parts", steps=5, routing=routing, model=model())
+    expected, whole = run(tmp_path / "whole", steps=5, model=model(), **options)
+    run(tmp_path / "parts", steps=2, model=model(), **options)
+    found, parts = run(tmp_path / "parts", steps=5, model=model(), **options)
     assert (whole.resumed, parts.resumed) == (0, 2)
     assert same(expected, found)
     assert whole.to_json() == parts.to_json()
     alone = model()
-    plain = adapt(alone, make_tasks(), steps=5, lr=0.02, batch_size=4, seed=1, routing=routing, progress=False)
+    plain = adapt(alone, make_tasks(), steps=5, lr=0.02, batch_size=4, seed=1, progress=False, **options)
     assert same(expected, routers(alone)), "checkpoints change nothing"
     assert plain.entropy == whole.entropy
-    again, _ = run(tmp_path / "parts", steps=5, routing=routing, model=model())
+    again, _ = run(tmp_path / "parts", steps=5, model=model(), **options)
     assert same(expected, again)
+
+
+def test_a_run_with_another_penalty_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, steps=2, drift_penalty=3.0)
+    with pytest.raises(CheckpointError, match=r"drift_penalty: expected 3\.0 as in that run, found 0\.0"):
+        run(tmp_path, steps=4)
 
 
 class Noisy(Task):

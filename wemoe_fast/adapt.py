@@ -6,7 +6,9 @@ tells is the routing: `routing_drift` is, at each step, the largest over layers 
 
     mean |routing weight| / max(its value at step 1, 1/T)
 
-(1/T is what choosing exactly one expert gives), and above DRIFT_LIMIT a warning is given, once.
+(1/T is what choosing exactly one expert gives), and above DRIFT_LIMIT a warning is given, once. A `drift_penalty`
+adds to each task's loss that many times the mean squared difference between the samples' routing weights and those
+that the routers of step 0 give for the same hidden states (`DriftPenalty`): it holds the routers near their start.
 
 With checkpoints a run that was stopped, by anything, goes on where it was: on the CPU, with the same number of
 threads and processes, to the same bits. With several processes (`distributed.world`) each takes its share of every
@@ -33,6 +35,7 @@ from tqdm import tqdm
 
 from .adapt_state import Checkpoints, Fingerprint, State, fingerprint, generators, set_generators, short
 from .distributed import World
+from .drift import DriftPenalty
 from .errors import InputError, WEMoEError
 from .evaluate import check_tasks, eval_mode
 from .mlp import FastWEMoEMLP
@@ -43,7 +46,7 @@ from .upscale import wemoe_layers
 # measured on the demo's tuning texts: a run that gained 3 points ended at 2.6, one that ended below its start at 7.4
 DRIFT_LIMIT = 4.0
 ROUTINGS = ("per_sample", "batch_reduce")
-SETTINGS = ("lr", "batch_size", "seed", "routing", "patience", "min_delta")
+SETTINGS = ("lr", "batch_size", "seed", "routing", "patience", "min_delta", "drift_penalty")
 """What, beside the model and the tasks, decides what a step does and when a run ends."""
 
 
@@ -62,6 +65,7 @@ class Adaptation:
     routing: str
     patience: int | None = None
     min_delta: float = 0.0
+    drift_penalty: float = 0.0
     stopped_early: bool = False
     entropy: dict[str, list[float]] = field(default_factory=dict)
     routing_drift: list[float] = field(default_factory=list)
@@ -87,6 +91,7 @@ def adapt(
     routing: str = "per_sample",
     patience: int | None = None,
     min_delta: float = 0.0,
+    drift_penalty: float = 0.0,
     checkpoints: Checkpoints | None = None,
     world: World | None = None,
     progress: bool = True,
@@ -103,6 +108,8 @@ def adapt(
         steps: in all, those of earlier calls that checkpoints hold included.
         patience: stop where the entropy (mean over tasks and steps) of the last `patience` steps lies no more than
             `min_delta` nats below that of the `patience` steps before. Entropy is no accuracy: see above.
+        drift_penalty: nats that a mean squared difference of 1 costs; about 1 to 100 where weights are near 1/T. The
+            `entropy` of the result does not count it.
         checkpoints: where to keep the state of the run, and to go on from the newest; every sample is then read once
             at the start, to know the data again. Going on sets the global random number generators, too.
         world: the processes of this run. `routing="batch_reduce"` needs the mean over the whole batch at every
@@ -113,13 +120,15 @@ def adapt(
     newest checkpoint no later ones.
     """
     world = world or World()
-    settings = dict(zip(SETTINGS, (lr, batch_size, seed, routing, patience, min_delta), strict=True))
+    settings: dict[str, Any] = dict(
+        zip(SETTINGS, (lr, batch_size, seed, routing, patience, min_delta, drift_penalty), strict=True)
+    )
     layers = _checked(model, tasks, steps, settings, world)
     identity = None
     if checkpoints is not None or world.size > 1:
         identity = fingerprint(model, tasks, settings)
         _refuse_different_processes(world.gather(identity))
-    result = Adaptation(steps, lr, batch_size, seed, routing, patience, min_delta)
+    result = Adaptation(steps, **settings)
     result.entropy = {task.name: [] for task in tasks}
     if checkpoints is not None and identity is not None:
         result.fingerprint = short(identity)
@@ -138,6 +147,8 @@ def adapt(
         stack.enter_context(_only_trainable(model, run.routers))
         stack.enter_context(_batch_reduce(layers, routing == "batch_reduce"))
         record = stack.enter_context(record_routing(model))
+        if run.penalty is not None:
+            stack.enter_context(run.penalty.watch())
         hidden = not (progress and world.first)
         bar = tqdm(total=steps, initial=run.step, desc="adapt", unit=" steps", file=sys.stderr, disable=hidden)
         stack.enter_context(bar)
@@ -178,6 +189,7 @@ class _Run:
         self.step = 0
         self.saved: int | None = None
         self.routers = _router_parameters(layers)
+        self.penalty = DriftPenalty(layers) if result.drift_penalty else None
         chosen = {id(router) for router in self.routers}
         self._names = {id(p): name for name, p in model.named_parameters() if id(p) in chosen}
         self._draws = {
@@ -203,11 +215,14 @@ class _Run:
             if not indices:
                 continue
             inputs, _ = task.adaptation_data.batch(indices)
-            loss = entropy(task.logits(self.model, inputs)).mean() * (len(indices) / len(drawn))
+            share = len(indices) / len(drawn)
+            loss = entropy(task.logits(self.model, inputs)).mean() * share
             if not loss.requires_grad:
                 raise InputError(f"task {task.name!r}: its logits do not depend on any router")
-            parts = torch.autograd.grad(loss, self.routers, allow_unused=True)
             losses[number] = loss.detach()
+            if self.penalty is not None:
+                loss = loss + self.result.drift_penalty * share * self.penalty.take()
+            parts = torch.autograd.grad(loss, self.routers, allow_unused=True)
             unsound[number] = torch.stack([~p.isfinite().all() for p in parts if p is not None]).any()
             gradients = [_sum(total, part) for total, part in zip(gradients, parts, strict=True)]
         values, bad = self.world.add(torch.stack([losses, unsound])).tolist()
@@ -391,6 +406,9 @@ def _checked(
         problems.append(f"min_delta: expected a finite number of nats, found {min_delta!r}")
     elif min_delta and patience is None:
         problems.append(f"min_delta: expected a patience with it, found {min_delta!r} alone")
+    penalty = settings["drift_penalty"]
+    if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not (0 <= penalty < math.inf):
+        problems.append(f"drift_penalty: expected a finite number of at least 0, found {penalty!r}")
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (0 < lr < math.inf):
         problems.append(f"lr: expected a finite number above 0, found {lr!r}")
     if routing not in ROUTINGS:

@@ -272,6 +272,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verb.add_argument("--min-delta", type=float, default=0.0, help="nats that count as below (default: 0)")
     verb.add_argument(
+        "--drift-penalty", type=float, default=0.0, metavar="P",
+        help="weight of the mean squared difference from the routing weights at the start (default: 0, as published)",
+    )  # fmt: skip
+    verb.add_argument(
         "--checkpoint-every", type=_positive, metavar="K",
         help="keep a checkpoint every K steps in OUT.checkpoints; the same command then goes on where it stopped",
     )  # fmt: skip

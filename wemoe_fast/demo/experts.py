@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,18 +109,39 @@ def fine_tune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, losses = _train(base_dir, texts, labels, head, training, seed, name if progress else None)
+    record = {"seed": seed, "training": asdict(training), "samples": len(texts), "losses": losses}
+    publish(model, out, record, lambda scratch: _copy_tokenizer(Path(base_dir), scratch))
+    return out
+
+
+def publish(
+    model: nn.Module, out: Path, record: Mapping[str, Any], add: Callable[[Path], object] = lambda scratch: None
+) -> None:
+    """Write a Hugging Face model, the record of its training and what `add` writes; `out` appears when complete."""
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with quiet_transformers():
             model.save_pretrained(scratch, safe_serialization=True)  # type: ignore[operator]
-        _copy_tokenizer(Path(base_dir), scratch)
-        record = {"seed": seed, "training": asdict(training), "samples": len(texts), "losses": losses}
+        add(scratch)
         (scratch / _DONE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         scratch.chmod(0o777 & ~umask())
         os.rename(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return out
+
+
+def cached(out: Path, train: Callable[[], object]) -> Expert:
+    """The model that `train` publishes as `out`, trained where it is not there yet."""
+    if (out / _DONE).is_file():
+        return Expert(out, cached=True)
+    if out.exists():
+        shutil.rmtree(out)
+    try:
+        train()
+    except OSError:
+        if not (out / _DONE).is_file():  # else another process finished the same one first
+            raise
+    return Expert(out, cached=False)
 
 
 def expert(
@@ -144,16 +165,12 @@ def expert(
     training = training or Training()
     key = expert_key(base_dir, texts, labels, prompts, seed=seed, training=training)
     out = Path(experts_dir) / f"{name}-{key}"
-    if (out / _DONE).is_file():
-        return Expert(out, cached=True)
-    if out.exists():
-        shutil.rmtree(out)
-    try:
-        fine_tune(base_dir, texts, labels, head, out, seed=seed, training=training, progress=progress, name=name)
-    except OSError:
-        if not (out / _DONE).is_file():  # else another process finished the same expert first
-            raise
-    return Expert(out, cached=False)
+    return cached(
+        out,
+        lambda: fine_tune(
+            base_dir, texts, labels, head, out, seed=seed, training=training, progress=progress, name=name
+        ),
+    )
 
 
 def expert_key(

@@ -94,11 +94,11 @@ def prepare(
     for task in tasks:
         for split in ("adapt", "tuning", "test"):
             path = out / "data" / f"{task.spec.name}.{split}.jsonl"
-            _write(path, _jsonl(task, task.splits[split], labelled=split != "adapt"))
+            write_text(path, _jsonl(task, task.splits[split], labelled=split != "adapt"))
     paths = {name: str(path) for name, path in experts.items()}
-    _write(out / "recipe.yaml", _yaml({"base": str(sources.base.resolve()), "experts": paths} | RECIPE))
-    _write(out / "tasks.yaml", _yaml({"tasks": [_task_entry(task, "test") for task in tasks]}))
-    _write(out / "tasks.tuning.yaml", _yaml({"tasks": [_task_entry(task, "tuning") for task in tasks]}))
+    write_text(out / "recipe.yaml", to_yaml({"base": str(sources.base.resolve()), "experts": paths} | RECIPE))
+    write_text(out / "tasks.yaml", to_yaml({"tasks": [_task_entry(task, "test") for task in tasks]}))
+    write_text(out / "tasks.tuning.yaml", to_yaml({"tasks": [_task_entry(task, "tuning") for task in tasks]}))
     return Prepared(
         base=sources.base.resolve(),
         experts=experts,
@@ -129,11 +129,11 @@ def _jsonl(task: TaskTexts, examples: Iterable[Example], *, labelled: bool) -> s
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _yaml(value: Mapping[str, Any]) -> str:
+def to_yaml(value: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,35 +55,16 @@ def run_demo(
     """
     out = Path(out)
     seconds: dict[str, float] = {}
-    with _stage("prepare data and experts", seconds, progress):
+    with stage("prepare data and experts", seconds, progress):
         prepared = prepare(cache_dir, out, seed=seed, quick=quick, progress=progress)
-    recipe = load_recipe(prepared.recipe)
-    recipe = replace(recipe, seed=seed)
-    merged_dir, adapted_dir = out / "merged", out / "adapted"
-    with _stage("merge", seconds, progress):
-        merge(recipe, merged_dir, overwrite=True)
-    with _stage("adapt", seconds, progress):
-        model = load(merged_dir).to(device)
-        tasks = load_tasks(prepared.tasks, merged_dir)
-        settings = ADAPTATION | ({"steps": QUICK_STEPS} if quick else {})
-        adaptation = adapt(model, tasks, seed=seed, progress=progress, **settings)
-        save(model, adapted_dir, files_from=merged_dir, settings={"adaptation": settings}, overwrite=True)
-        write_json(out / "adaptation.json", adaptation.to_json())
-        adaptation_curves(adaptation, out / "adaptation.png")
-
-    def rows() -> Iterator[tuple[str, nn.Module]]:
-        yield from baselines(recipe)
-        yield "WEMoE, before adaptation", load(merged_dir)
-        yield "WEMoE, adapted", load(adapted_dir)
-
-    with _stage("evaluate", seconds, progress):
-        results, names = compare(rows(), tasks, device=device, progress=progress)
-        results[EXPERTS_ROW] = _experts_on_their_own_tasks(recipe, tasks, device, progress)
-        files = write_comparison(
-            results, names, out / "results", settings={"seed": seed, "quick": quick, **settings}, overwrite=True
-        )
-    with _stage("measure throughput", seconds, progress):
-        throughput = _throughput(load(adapted_dir).to(device), prepared, tasks, repeats=3 if quick else 5)
+    settings = ADAPTATION | ({"steps": QUICK_STEPS} if quick else {})
+    results, files = merge_adapt_evaluate(
+        prepared, out, seed=seed, adaptation=settings, noted={"quick": quick}, device=device, seconds=seconds,
+        progress=progress,
+    )  # fmt: skip
+    with stage("measure throughput", seconds, progress):
+        model = load(out / "adapted").to(device)
+        throughput = _throughput(model, prepared, load_tasks(prepared.tasks, prepared.base), repeats=3 if quick else 5)
 
     content = {
         "environment": environment(),
@@ -100,7 +81,55 @@ def run_demo(
     return content
 
 
-def _experts_on_their_own_tasks(recipe: Recipe, tasks: list[Task], device: str, progress: bool) -> Evaluation:
+def merge_adapt_evaluate(
+    prepared: Prepared,
+    out: Path,
+    *,
+    seed: int,
+    adaptation: Mapping[str, Any],
+    noted: Mapping[str, Any],
+    seconds: dict[str, float],
+    device: str = "cpu",
+    progress: bool = True,
+) -> tuple[dict[str, Evaluation], dict[str, Path]]:
+    """The three verbs on what is prepared, beside the baselines and the experts; all is written below `out`.
+
+    Args:
+        adaptation: settings of ``adapt``.
+        noted: written beside the accuracies, with the seed and these settings.
+        seconds: of every stage, added here.
+
+    Returns:
+        the evaluations by row, and the files of ``write_comparison``.
+    """
+    recipe = replace(load_recipe(prepared.recipe), seed=seed)
+    merged_dir, adapted_dir = out / "merged", out / "adapted"
+    with stage("merge", seconds, progress):
+        merge(recipe, merged_dir, overwrite=True)
+    with stage("adapt", seconds, progress):
+        model = load(merged_dir).to(device)
+        tasks = load_tasks(prepared.tasks, merged_dir)
+        result = adapt(model, tasks, seed=seed, progress=progress, **adaptation)
+        save(model, adapted_dir, files_from=merged_dir, settings={"adaptation": dict(adaptation)}, overwrite=True)
+        write_json(out / "adaptation.json", result.to_json())
+        adaptation_curves(result, out / "adaptation.png")
+
+    def rows() -> Iterator[tuple[str, nn.Module]]:
+        yield from baselines(recipe)
+        yield "WEMoE, before adaptation", load(merged_dir)
+        yield "WEMoE, adapted", load(adapted_dir)
+
+    with stage("evaluate", seconds, progress):
+        results, names = compare(rows(), tasks, device=device, progress=progress)
+        results[EXPERTS_ROW] = experts_on_their_own_tasks(recipe, tasks, device=device, progress=progress)
+        settings = {"seed": seed, **noted, **adaptation}
+        files = write_comparison(results, names, out / "results", settings=settings, overwrite=True)
+    return results, files
+
+
+def experts_on_their_own_tasks(
+    recipe: Recipe, tasks: Sequence[Task], *, device: str = "cpu", progress: bool = True
+) -> Evaluation:
     """What merging tries to keep: every task by the expert trained for it."""
     own = Evaluation()
     for task in tasks:
@@ -179,7 +208,8 @@ def _print_summary(
 
 
 @contextmanager
-def _stage(name: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
+def stage(name: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
+    """Announce a stage on stderr and note how long it takes."""
     if progress:
         sys.stderr.write(f"\n== {name}\n")
     start = time.perf_counter()

