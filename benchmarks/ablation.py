@@ -31,15 +31,15 @@ from wemoe_fast.comparison import environment
 from wemoe_fast.config import load_recipe
 from wemoe_fast.demo.prepare import Prepared
 from wemoe_fast.demo.prepare import prepare as prepare_text
-from wemoe_fast.demo.run import EXPERTS_ROW
+from wemoe_fast.demo.run import EXPERTS_ROW, experts_on_their_own_tasks
 from wemoe_fast.demo.sources import default_cache_dir
 from wemoe_fast.errors import InputError, WEMoEError
 from wemoe_fast.evaluate import evaluate
 from wemoe_fast.fingerprint import Digest
-from wemoe_fast.merge import load_recipe_models
+from wemoe_fast.merge import baselines, load_recipe_models
 from wemoe_fast.report import aligned, write_json
 from wemoe_fast.tasks import Samples, Task, load_tasks
-from wemoe_fast.upscale import task_arithmetic, upscale, weight_average, wemoe_layers
+from wemoe_fast.upscale import upscale, wemoe_layers
 
 from .vision import prepare as prepare_vision
 from .vision_data import FASHION_DIR, load_pools
@@ -204,16 +204,10 @@ class Ablation:
         def compute() -> dict[str, Any]:
             problem = self._problem(seed)
             base, experts, tasks = problem.base, problem.experts, problem.tasks("test")
-            fresh: dict[str, Any] = {"merge_lambda": MERGE_LAMBDA, "init_lambda": MERGE_LAMBDA, "seed": seed}
-            rows = {
-                "pretrained": evaluate(base, tasks, progress=False).accuracy,
-                "weight average": evaluate(weight_average(base, experts), tasks, progress=False).accuracy,
-                f"task arithmetic {MERGE_LAMBDA:g}": evaluate(
-                    task_arithmetic(base, experts, MERGE_LAMBDA), tasks, progress=False
-                ).accuracy,
-            }
-            told = upscale(base, experts, router_depth=0, **fresh)
-            rows[TOLD], rows[EXPERTS_ROW] = {}, {}
+            recipe = replace(problem.recipe, merge_lambda=MERGE_LAMBDA)
+            rows = {name: evaluate(model, tasks, progress=False).accuracy for name, model in baselines(recipe)}
+            told = upscale(base, experts, router_depth=0, merge_lambda=MERGE_LAMBDA, seed=seed)
+            rows[TOLD] = {}
             for number, name in enumerate(experts):
                 task = [task for task in tasks if task.name == name]
                 for layer in wemoe_layers(told).values():
@@ -221,7 +215,7 @@ class Ablation:
                     with torch.no_grad():
                         layer.router.constant.copy_(torch.eye(len(experts))[number])
                 rows[TOLD] |= evaluate(told, task, progress=False).accuracy
-                rows[EXPERTS_ROW] |= evaluate(experts[name], task, progress=False).accuracy
+            rows[EXPERTS_ROW] = experts_on_their_own_tasks(recipe, tasks, progress=False).accuracy
             return {name: {"mean": statistics.fmean(row.values()), "accuracy": row} for name, row in rows.items()}
 
         return self._kept(f"{seed}-others-test", compute, f"what they are compared with, seed {seed}, test")
@@ -252,7 +246,8 @@ class _Problem:
     """The models and tasks of one seed."""
 
     def __init__(self, prepared: Prepared, tuning: int | None) -> None:
-        self.base, self.experts = load_recipe_models(load_recipe(prepared.recipe))
+        self.recipe = load_recipe(prepared.recipe)
+        self.base, self.experts = load_recipe_models(self.recipe)
         for model in (self.base, *self.experts.values()):
             model.eval()
         self._prepared, self._tuning = prepared, tuning

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from wemoe_fast.comparison import environment, table
-from wemoe_fast.demo.prepare import Prepared, to_yaml, write_text
+from wemoe_fast.demo.prepare import Prepared, write_lists
 from wemoe_fast.demo.run import EXPERTS_ROW, merge_adapt_evaluate
 from wemoe_fast.demo.sources import default_cache_dir
 from wemoe_fast.errors import WEMoEError
@@ -72,20 +72,10 @@ def prepare(
         for split in ("adapt", "tuning", "test"):
             save_file(_tensors(splits[split], labelled=split != "adapt"), out / "data" / f"{name}.{split}.safetensors")
     seconds["experts"] = time.perf_counter() - started
-    paths = {name: str(path.resolve()) for name, path in experts.items()}
-    write_text(out / "recipe.yaml", to_yaml({"base": str(base.path.resolve()), "experts": paths} | RECIPE))
-    for file, split in (("tasks.yaml", "test"), ("tasks.tuning.yaml", "tuning")):
-        write_text(out / file, to_yaml({"tasks": [_task_entry(name, split) for name in TASKS]}))
-    return Prepared(
-        base=base.path.resolve(),
-        experts=experts,
-        recipe=out / "recipe.yaml",
-        tasks=out / "tasks.yaml",
-        tuning_tasks=out / "tasks.tuning.yaml",
-        credits=CREDITS,
-        cached=all_cached,
-        seconds=seconds,
-    )
+    return write_lists(
+        out, base.path, experts, recipe=RECIPE, suffix="safetensors", settings={"batch_size": BATCH_SIZE},
+        credits=CREDITS, cached=all_cached, seconds=seconds,
+    )  # fmt: skip
 
 
 def run_vision(
@@ -148,16 +138,6 @@ def run_vision(
 def _tensors(images: Images, *, labelled: bool) -> dict[str, torch.Tensor]:
     labels = {"labels": torch.from_numpy(images.labels)} if labelled else {}
     return {"pixel_values": pixel_values(images), **labels}
-
-
-def _task_entry(name: str, split: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "head": f"heads/{name}.safetensors",
-        "data": f"data/{name}.{split}.safetensors",
-        "unlabelled": f"data/{name}.adapt.safetensors",
-        "batch_size": BATCH_SIZE,
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

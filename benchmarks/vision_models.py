@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wemoe_fast.checkpoint import load_pretrained
-from wemoe_fast.demo.experts import Expert, cached, publish
+from wemoe_fast.demo.experts import Expert, cached, publish, train
 from wemoe_fast.demo.sources import file_sha256
 from wemoe_fast.families import find_mlps
 from wemoe_fast.tasks import Head
@@ -103,7 +101,7 @@ def pretrain(pools: Pools, training: VisionTraining, *, progress: bool = True) -
             return F.cross_entropy(output(_features(model, turned)), expected)
 
         losses = _train(
-            [*model.named_parameters(), *output.named_parameters()], loss, len(pixels), training,
+            [*model.parameters(), *output.parameters()], loss, len(pixels), training,
             epochs=training.pretraining_epochs, batch_size=training.pretraining_batch, warm_up=0.25,
             learning_rate=training.pretraining_rate, report_as="base" if progress else None,
         )  # fmt: skip
@@ -123,7 +121,7 @@ def fine_tune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         losses = _train(
-            [(n, p) for n, p in model.named_parameters() if id(p) in mlps],
+            [p for p in model.parameters() if id(p) in mlps],
             lambda rows: F.cross_entropy(head.logits(_features(model, pixels[rows])), labels[rows]),
             len(images), training, epochs=training.epochs, batch_size=training.batch_size, warm_up=0.0,
             learning_rate=training.learning_rate, report_as=name if progress else None,
@@ -164,39 +162,24 @@ def _features(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def _train(
-    named: list[tuple[str, nn.Parameter]], loss_of: Callable[[Tensor], Tensor], n: int, training: VisionTraining, *,
+    parameters: Iterable[nn.Parameter], loss_of: Callable[[Tensor], Tensor], n: int, training: VisionTraining, *,
     epochs: int, batch_size: int, learning_rate: float, warm_up: float, report_as: str | None,
 ) -> list[float]:  # fmt: skip
-    """AdamW, the rate rising for a share `warm_up` of the steps and falling to 0. Returns each epoch's mean loss."""
-    parameters = [p for _, p in named]
-    decay, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
-    steps = epochs * math.ceil(n / batch_size)
-    rising = max(1, round(warm_up * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rising, (steps - step) / max(1, steps - rising))
-    )
-    losses = []
-    for epoch in range(epochs):
-        total = 0.0
-        for rows in torch.randperm(n).split(batch_size):
-            loss = loss_of(rows)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(rows)
-        losses.append(total / n)
-        if report_as:
-            sys.stderr.write(f"  {report_as}: epoch {epoch + 1}/{epochs}, loss {losses[-1]:.3f}\n")
-    return losses
+    """The rate rises for a share `warm_up` of the steps and falls to 0. Returns each epoch's mean loss."""
+
+    def rate(step: int, steps: int) -> float:
+        rising = max(1, round(warm_up * steps))
+        return min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+
+    return train(
+        list(parameters), loss_of, n, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, rate=rate,
+        weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm, report_as=report_as,
+    )  # fmt: skip
 
 
-def _publish(out: Path, train: Callable[[], tuple[nn.Module, list[float]]], training: VisionTraining) -> None:
+def _publish(out: Path, make: Callable[[], tuple[nn.Module, list[float]]], training: VisionTraining) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    model, losses = train()
+    model, losses = make()
     publish(model, out, {"training": asdict(training), "losses": losses})
 
 

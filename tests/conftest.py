@@ -42,6 +42,15 @@ def _patient_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Several threads would only slow small models down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN, so that an element nobody writes shows."""

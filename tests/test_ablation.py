@@ -18,19 +18,13 @@ from benchmarks.ablation import SETTINGS, TOLD, Ablation, Experiment, First, Out
 from wemoe_fast.demo.run import EXPERTS_ROW
 from wemoe_fast.tasks import TensorSamples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOME = [
     Setting("published, lr 1e-3", 1e-3),
     Setting("softmax", 1e-2, {"router_depth": 1, "normalization": "softmax"}),
     Setting("penalty", 1e-3, {"router_depth": 1}, {"drift_penalty": 1.0}),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

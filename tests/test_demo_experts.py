@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from wemoe_fast.tasks import Head, load_tasks
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ["a", "note", "about", "apples", "pears", "red", "green", "sweet", "ripe", "one", "two", "three"]
 TEXTS = [
     f"{colour} {fruit} {extra}" for extra in WORDS[7:] for colour, fruit in [("red", "apples"), ("green", "pears")]
@@ -27,15 +28,6 @@ TEXTS = [
 LABELS = [0, 1] * 5
 PROMPTS = ["a note about apples", "a note about pears"]
 ONE_STEP = Training(epochs=1, batch_size=16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Several threads would only slow such a small model down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

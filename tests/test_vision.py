@@ -26,6 +26,8 @@ from wemoe_fast.demo.sources import default_cache_dir
 from wemoe_fast.errors import CheckpointError
 from wemoe_fast.tasks import load_tasks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = VisionTraining(
     config={
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 14,
@@ -33,14 +35,6 @@ TINY = VisionTraining(
     pretraining_images=24, pretraining_epochs=1, pretraining_batch=16, epochs=1, batch_size=16,
 )  # fmt: skip
 SIZES = {source: dict.fromkeys(vision_data.SPLITS, 20) for source in vision_data.SIZES}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images(n: int, seed: int = 0) -> Images:

@@ -160,9 +160,7 @@ def fit(adapter: Adapter, names: StoredNames, *, share: bool) -> Fitted:
     """
     fitted, file = Fitted(), adapter.directory / ADAPTER_WEIGHTS
     inside = stacks(names.model, locate_mlps(names.model))
-    tied = {name for name, first in names.first.items() if name != first} | {
-        first for name, first in names.first.items() if name != first
-    }
+    tied = {name for pair in names.first.items() if len(set(pair)) > 1 for name in pair}
     for module, parts in adapter.parts.items():
         update, problems = _updates(module, parts, adapter, names, tied)
         problems += [f"{module}: {name} is adapted twice; in {file}" for name in update.keys() & fitted.updates.keys()]

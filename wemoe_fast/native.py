@@ -31,14 +31,20 @@ def forward(
     if bias is not None:
         bias = bias.to(coefficient.dtype).contiguous()
     act = lookup(activation)
-    whole = activation == "none" or y.nbytes <= ACTIVATED_BYTES
-    parts = plan.rows * plan.workers
-    width = h if whole else parts * max(1, ACTIVATED_BYTES * h // (y.nbytes * parts))
-    for columns in spans(h, width):
+
+    def multiply(columns: slice) -> None:
         kernel.merged_product(x, stack, coefficient, bias, y, columns, most=plan.rows, threads=plan.workers)
-        for tokens in () if whole else spans(N, tokens_in_a_quarter(4 * B * width, wide(x.dtype))):
+
+    if activation == "none" or y.nbytes <= ACTIVATED_BYTES:
+        multiply(slice(0, h))
+        return act(y)
+    parts = plan.rows * plan.workers
+    width = parts * max(1, ACTIVATED_BYTES * h // (y.nbytes * parts))
+    for columns in spans(h, width):
+        multiply(columns)
+        for tokens in spans(N, tokens_in_a_quarter(4 * B * width, wide(x.dtype))):
             y[:, tokens, columns] = act(y[:, tokens, columns])
-    return act(y) if whole else y
+    return y
 
 
 def backward(

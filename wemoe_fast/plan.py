@@ -117,12 +117,13 @@ def choose(
         if reason is not None:
             raise InputError(f"strategy {strategy!r}: {reason}; use 'auto'")
         return _sized(strategy, "asked for", x, stack, B, N, backward)
-    in_cache = _worthwhile(x, B, N) and _obstacle("native", x, stack) is None
-    if routing_weights.shape[0] == 1:
-        strategy = "native" if in_cache and B == 1 else "shared"
-        return _sized(strategy, "one merged weight serves the whole batch", x, stack, B, N, backward)
-    if x.device.type == "cuda" and _obstacle("fused", x, stack) is None:
+    one_weight = routing_weights.shape[0] == 1
+    if not one_weight and x.device.type == "cuda" and _obstacle("fused", x, stack) is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
+    in_cache = (B == 1 or not one_weight) and _worthwhile(x, B, N) and _obstacle("native", x, stack) is None
+    if one_weight:
+        strategy = "native" if in_cache else "shared"
+        return _sized(strategy, "one merged weight serves the whole batch", x, stack, B, N, backward)
     token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
     if token * N + merge * (1 + T) + write > (1 + T) * N:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"

@@ -210,36 +210,70 @@ def _train(
     embeddings = getattr(model, "embeddings", None)
     if isinstance(embeddings, nn.Module):
         embeddings.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate)
-    steps = training.epochs * math.ceil(len(texts) / training.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-    order = torch.Generator().manual_seed(seed)
     targets = torch.tensor(list(labels))
-    losses = []
+
+    def loss_of(rows: Tensor) -> Tensor:
+        batch = [texts[i] for i in rows.tolist()]
+        features = embed(model, tokenizer, batch, max_tokens=training.max_tokens)
+        return F.cross_entropy(head.logits(features), targets[rows])
+
     model.train()
-    for epoch in range(training.epochs):
+    losses = train(
+        [p for p in model.parameters() if p.requires_grad], loss_of, len(texts),
+        epochs=training.epochs, batch_size=training.batch_size, learning_rate=training.learning_rate,
+        rate=lambda step, steps: max(0.0, 1 - step / steps), weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm, order=torch.Generator().manual_seed(seed), report_as=report_as,
+    )  # fmt: skip
+    return model.eval(), losses
+
+
+def train(
+    parameters: Sequence[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    n: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    rate: Callable[[int, int], float],
+    weight_decay: float,
+    max_grad_norm: float,
+    order: torch.Generator | None = None,
+    report_as: str | None = None,
+) -> list[float]:
+    """AdamW on batches of n samples in a new order every epoch; matrices alone decay.
+
+    Args:
+        loss_of: sample indices -> mean loss.
+        rate: (step, steps in all) -> factor of the learning rate.
+        order: gives the order, the global generator where there is none.
+        report_as: the name under which every epoch's loss is told on stderr.
+
+    Returns:
+        the mean loss of every epoch.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    steps = epochs * math.ceil(n / batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    losses = []
+    for epoch in range(epochs):
         total = 0.0
-        for picked in torch.randperm(len(texts), generator=order).split(training.batch_size):
-            batch = [texts[i] for i in picked.tolist()]
-            features = embed(model, tokenizer, batch, max_tokens=training.max_tokens)
-            loss = F.cross_entropy(head.logits(features), targets[picked])
+        for rows in torch.randperm(n, generator=order).split(batch_size):
+            loss = loss_of(rows)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(batch)
-        losses.append(total / len(texts))
+            total += loss.item() * len(rows)
+        losses.append(total / n)
         if report_as:
-            sys.stderr.write(f"  {report_as}: epoch {epoch + 1}/{training.epochs}, loss {losses[-1]:.3f}\n")
-    return model.eval(), losses
+            sys.stderr.write(f"  {report_as}: epoch {epoch + 1}/{epochs}, loss {losses[-1]:.3f}\n")
+    return losses
 
 
 def _check(texts: Sequence[str], labels: Sequence[int], head: Head, out: Path) -> None:

@@ -94,33 +94,58 @@ def prepare(
     for task in tasks:
         for split in ("adapt", "tuning", "test"):
             path = out / "data" / f"{task.spec.name}.{split}.jsonl"
-            write_text(path, _jsonl(task, task.splits[split], labelled=split != "adapt"))
-    paths = {name: str(path) for name, path in experts.items()}
-    write_text(out / "recipe.yaml", to_yaml({"base": str(sources.base.resolve()), "experts": paths} | RECIPE))
-    write_text(out / "tasks.yaml", to_yaml({"tasks": [_task_entry(task, "test") for task in tasks]}))
-    write_text(out / "tasks.tuning.yaml", to_yaml({"tasks": [_task_entry(task, "tuning") for task in tasks]}))
+            _write(path, _jsonl(task, task.splits[split], labelled=split != "adapt"))
+    return write_lists(
+        out, sources.base, experts, recipe=RECIPE, suffix="jsonl",
+        settings={"max_length": MAX_TOKENS, "batch_size": BATCH_SIZE}, credits=CREDITS, cached=all_cached,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def write_lists(
+    out: Path,
+    base: Path,
+    experts: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    suffix: str,
+    settings: Mapping[str, Any],
+    credits: tuple[Credit, ...],
+    cached: bool,
+    seconds: Mapping[str, float],
+) -> Prepared:
+    """Write recipe.yaml, tasks.yaml and tasks.tuning.yaml beside the data and heads of the tasks that experts are of.
+
+    Args:
+        recipe: beside base and experts.
+        suffix: of the data files, ``data/<task>.<split>.<suffix>``.
+        settings: of every task.
+    """
+    base, paths = base.resolve(), {name: str(path.resolve()) for name, path in experts.items()}
+    _write(out / "recipe.yaml", _yaml({"base": str(base), "experts": paths} | dict(recipe)))
+    lists = {"test": out / "tasks.yaml", "tuning": out / "tasks.tuning.yaml"}
+    for split, path in lists.items():
+        entries = [
+            {
+                "name": name,
+                "head": f"heads/{name}.safetensors",
+                "data": f"data/{name}.{split}.{suffix}",
+                "unlabelled": f"data/{name}.adapt.{suffix}",
+                **settings,
+            }
+            for name in experts
+        ]
+        _write(path, _yaml({"tasks": entries}))
     return Prepared(
-        base=sources.base.resolve(),
+        base=base,
         experts=experts,
         recipe=out / "recipe.yaml",
-        tasks=out / "tasks.yaml",
-        tuning_tasks=out / "tasks.tuning.yaml",
-        credits=CREDITS,
-        cached=all_cached,
+        tasks=lists["test"],
+        tuning_tasks=lists["tuning"],
+        credits=credits,
+        cached=cached,
         seconds=seconds,
     )
-
-
-def _task_entry(task: TaskTexts, split: str) -> dict[str, Any]:
-    name = task.spec.name
-    return {
-        "name": name,
-        "head": f"heads/{name}.safetensors",
-        "data": f"data/{name}.{split}.jsonl",
-        "unlabelled": f"data/{name}.adapt.jsonl",
-        "max_length": MAX_TOKENS,
-        "batch_size": BATCH_SIZE,
-    }
 
 
 def _jsonl(task: TaskTexts, examples: Iterable[Example], *, labelled: bool) -> str:
@@ -129,11 +154,11 @@ def _jsonl(task: TaskTexts, examples: Iterable[Example], *, labelled: bool) -> s
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def to_yaml(value: Mapping[str, Any]) -> str:
+def _yaml(value: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
