@@ -39,7 +39,6 @@ typedef int32_t integer;
 #define NR (2 * VL)
 #define NB 60 /* tokens that are multiplied at once */
 #define GROUP 6 /* samples that are merged at once: their sums fit in the registers */
-#define PAGE 4096
 #define LONG 1024 /* numbers of a row of the stack that are merged at once for a sample by itself */
 #define OUTER_ROWS (3 * NR) /* of an outer product, with its columns and those of the samples under way in cache */
 #define OUTER_COLUMNS (10 * NR)
@@ -111,7 +110,11 @@ INLINE void block(const int m, long K, const real *a, long row, long column, con
                   long cs) {
   vec low[MR], high[MR];
 #pragma GCC unroll 12
-  for (int i = 0; i < m; i++) low[i] = high[i] = (vec){0};
+  for (int i = 0; i < m; i++) {
+    low[i] = high[i] = (vec){0};
+    __builtin_prefetch(c + i * cs, 1);
+    __builtin_prefetch(c + i * cs + NR - 1, 1);
+  }
   for (long k = 0; k < K; k++) {
     const vec p0 = LOAD(p), p1 = LOAD(p + VL);
 #pragma GCC unroll 12
@@ -209,21 +212,43 @@ static void merge(long count, long T1, const real *w, const real *s, real *out, 
   }
 }
 
-/* to[c][r] = from[r][c] for NR rows, `pitch` apart, and columns, 4 x 4 at a time. */
+typedef struct {
+  vec4 row[4];
+} square;
+
+INLINE square load(const real *from, long pitch) {
+  return (square){{*(const vec4 *)from, *(const vec4 *)(from + pitch), *(const vec4 *)(from + 2 * pitch),
+                   *(const vec4 *)(from + 3 * pitch)}};
+}
+
+/* Store the transpose. */
+INLINE void turn(square a, real *to, long pitch) {
+  const vec4 low01 = SHUFFLE(a.row[0], a.row[1], 0, 4, 1, 5), low23 = SHUFFLE(a.row[2], a.row[3], 0, 4, 1, 5);
+  const vec4 high01 = SHUFFLE(a.row[0], a.row[1], 2, 6, 3, 7), high23 = SHUFFLE(a.row[2], a.row[3], 2, 6, 3, 7);
+  *(vec4 *)to = SHUFFLE(low01, low23, 0, 1, 4, 5);
+  *(vec4 *)(to + pitch) = SHUFFLE(low01, low23, 2, 3, 6, 7);
+  *(vec4 *)(to + 2 * pitch) = SHUFFLE(high01, high23, 0, 1, 4, 5);
+  *(vec4 *)(to + 3 * pitch) = SHUFFLE(high01, high23, 2, 3, 6, 7);
+}
+
+/* to[c][r] = from[r][c] for NR rows, `pitch` apart, and columns. */
 INLINE void transpose(const real *from, long pitch, real *to) {
   for (long c = 0; c < NR; c += 4)
-    for (long r = 0; r < NR; r += 4) {
-      const real *f = from + r * pitch + c;
-      const vec4 a0 = *(const vec4 *)f, a1 = *(const vec4 *)(f + pitch), a2 = *(const vec4 *)(f + 2 * pitch),
-                 a3 = *(const vec4 *)(f + 3 * pitch);
-      const vec4 low01 = SHUFFLE(a0, a1, 0, 4, 1, 5), low23 = SHUFFLE(a2, a3, 0, 4, 1, 5);
-      const vec4 high01 = SHUFFLE(a0, a1, 2, 6, 3, 7), high23 = SHUFFLE(a2, a3, 2, 6, 3, 7);
-      real *o = to + c * NR + r;
-      *(vec4 *)o = SHUFFLE(low01, low23, 0, 1, 4, 5);
-      *(vec4 *)(o + NR) = SHUFFLE(low01, low23, 2, 3, 6, 7);
-      *(vec4 *)(o + 2 * NR) = SHUFFLE(high01, high23, 0, 1, 4, 5);
-      *(vec4 *)(o + 3 * NR) = SHUFFLE(high01, high23, 2, 3, 6, 7);
-    }
+    for (long r = 0; r < NR; r += 4) turn(load(from + r * pitch + c, pitch), to + c * NR + r, NR);
+}
+
+/* Rows and columns of the blocks of a tile change places. */
+static void turn_tile(real *s, long T1, long blocks) {
+  const long pitch = T1 * NR;
+  for (; blocks > 0; blocks--, s += NR * pitch)
+    for (real *block = s; block < s + pitch; block += NR)
+      for (long r = 0; r < NR; r += 4)
+        for (long c = r; c < NR; c += 4) {
+          real *upper = block + r * pitch + c, *lower = block + c * pitch + r;
+          const square a = load(upper, pitch), b = load(lower, pitch);
+          turn(a, lower, pitch);
+          turn(b, upper, pitch);
+        }
 }
 
 /* Panels out[g][panel][k][NR] of a tile of `blocks` blocks, merged with w [count, T1]; `turned` where the columns of the
@@ -238,15 +263,6 @@ static void merge_tile(long count, long T1, const real *w, const real *s, long b
     } else {
       merge(count, T1, w, s, out, sample);
     }
-}
-
-/* The numbers [count, K] of x from `at` on as they are computed with: where they lie, or in `room` where they need widening
-   or lie so far apart that they would drive each other out of the cache. */
-INLINE const real *rows_of(const void *x, long at, long *row, long count, long K, real *room, int kind) {
-  if (kind == REAL && *row * sizeof(real) % PAGE) return (const real *)x + at;
-  for (long i = 0; i < count; i++) widen(room + i * K, x, at + i * *row, K, kind);
-  *row = K;
-  return room;
 }
 
 #define ROW (4 * VL)
@@ -287,66 +303,81 @@ typedef struct {
   long threads, parts;      /* how many have come, and how many have been taken */
 } product_task;
 
-/* Numbers of workspace that `columns` needs: a tile and what is merged from it, or rows merged at once; sums; tokens. */
+/* Numbers of a row of x, or of the stack, that are used at once: for samples together, or for one by itself. */
+INLINE long reach(long depth, int alone) { return alone ? LONG / depth * depth : depth; }
+
+/* Numbers of workspace that `columns` needs: a tile and what is merged from it, or rows merged at once; sums; x. */
 long product_room(long T1, long N, long across, long panels, long depth, long most) {
   const long full = panels * NR, pitch = (across + NR - 1) / NR * NR;
   const long tile = depth * full * (T1 + GROUP), rows = NR * (LONG + NR) + full * LONG;
-  return (tile > rows ? tile : rows) + most * N * pitch + NB * depth;
+  return (tile > rows ? tile : rows) + most * N * (pitch + reach(depth, most == 1));
 }
 
-/* sums[n][0:pitch] += x[n, k:k + rows] P for the tokens n of sample b and `here` panels P, `far` numbers apart. */
-INLINE void multiply(const product_task *task, long b, long k, long rows, const real *panel, long far, long here,
-                     real *sums, long pitch, real *room) {
-  for (long n = 0; n < task->N; n += NB) {
-    const long tokens = least(NB, task->N - n);
-    long row = task->xn;
-    const real *a = rows_of(task->x, b * task->xb + n * task->xn + k, &row, tokens, rows, room, task->x_kind);
-    for (long p = 0; p < here; p++) product(tokens, rows, a, row, 1, panel + p * far, NR, sums + n * pitch + p * NR, pitch);
-  }
+/* to[b][n][0:rows] = x[b0 + b, n, k:k + rows] for `samples`: close together, and as they are computed with. */
+INLINE void gather_x(const product_task *task, long b0, long samples, long k, long rows, real *to) {
+  for (long b = b0; b < b0 + samples; b++)
+    for (long n = 0; n < task->N; n++, to += rows)
+      widen(to, task->x, b * task->xb + n * task->xn + k, rows, task->x_kind);
+}
+
+/* sums[n][0:pitch] += x[n, 0:rows] P for the tokens n of a sample and `here` panels P, `far` numbers apart. */
+INLINE void multiply(long N, const real *x, long rows, const real *panel, long far, long here, real *sums, long pitch) {
+  for (long n = 0; n < N; n += NB)
+    for (long p = 0; p < here; p++)
+      product(least(NB, N - n), rows, x + n * rows, rows, 1, panel + p * far, NR, sums + n * pitch + p * NR, pitch);
 }
 
 /* The sums of samples b0 to b0 + samples for columns `first` to `last`: tile by tile, the tiles beside each other using
    the same numbers of x. */
 static void sum_tiles(const product_task *task, long b0, long samples, long first, long last, real *s, real *merged,
-                      real *sums, long pitch, real *room) {
+                      real *sums, long pitch, real *x) {
   const long T1 = task->T1, J = task->J, K = task->K, full = task->panels * NR;
-  for (long k = 0; k < K; k += task->depth)
+  const int once = !task->lies && samples > T1; /* the tile is turned, not what is merged from it */
+  for (long k = 0; k < K; k += task->depth) {
+    const long rows = least(task->depth, K - k), height = (rows + NR - 1) / NR * NR;
+    gather_x(task, b0, samples, k, rows, x);
     for (long j = first; j < last; j += full) {
-      const long rows = least(task->depth, K - k), height = (rows + NR - 1) / NR * NR;
-      const long width = least(full, last - j), here = (width + NR - 1) / NR;
+      const long width = least(full, last - j), here = (width + NR - 1) / NR, blocks = here * height / NR;
       if (task->lies)
         gather_tile(s, task->stack, task->stack_kind, T1, J * K, J, k * J + j, rows, width, 1);
       else
         gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, j * K + k, width, rows, 0);
-      for (long b = b0; b < b0 + samples; b += GROUP) {
-        const long count = least(GROUP, b0 + samples - b);
-        merge_tile(count, T1, task->w + b * T1, s, here * height / NR, !task->lies, merged);
+      if (once) turn_tile(s, T1, blocks);
+      for (long b = 0; b < samples; b += GROUP) {
+        const long count = least(GROUP, samples - b);
+        merge_tile(count, T1, task->w + (b0 + b) * T1, s, blocks, !task->lies && !once, merged);
         for (long g = b; g < b + count; g++)
-          multiply(task, g, k, rows, merged + (g - b) * here * height * NR, height * NR, here,
-                   sums + (g - b0) * task->N * pitch + j - first, pitch, room);
+          multiply(task->N, x + g * task->N * rows, rows, merged + (g - b) * blocks * NR * NR, height * NR, here,
+                   sums + g * task->N * pitch + j - first, pitch);
       }
     }
+  }
 }
 
 /* The same for one sample by itself, for which a tile is not worth gathering: rows of the stack are merged where they lie,
    as far as memory is read in one go. */
 static void sum_rows(const product_task *task, long first, long last, real *merged, real *panels, real *sums, long pitch,
-                     real *room) {
+                     real *x) {
   const long T1 = task->T1, K = task->K, far = LONG + NR, full = task->panels * NR, depth = task->depth;
-  const long most = LONG / depth * depth;
+  const long most = reach(depth, 1);
   memset(merged, 0, NR * far * sizeof(real)); /* what is beyond the last row is multiplied as well */
-  for (long j = first; j < last; j += full)
-    for (long k = 0; k < K; k += most) {
-      const long rows = least(most, K - k), here = (least(full, last - j) + NR - 1) / NR;
+  for (long k = 0; k < K; k += most) {
+    const long rows = least(most, K - k);
+    for (long c = 0; c < rows; c += depth) gather_x(task, 0, 1, k + c, least(depth, rows - c), x + c * task->N);
+    for (long j = first; j < last; j += full) {
+      const long here = (least(full, last - j) + NR - 1) / NR;
       for (long p = 0; p < here; p++) {
         const long at = j + p * NR, count = least(NR, last - at);
         for (long r = 0; r < count; r++)
           merge_rows(merged + r * far, (const real *)task->stack + (at + r) * K + k, task->J * K, task->w, T1, rows);
         for (long c = 0; c < rows; c += NR) transpose(merged + c, far, panels + (p * most + c) * NR);
       }
-      for (long c = 0; c < rows; c += depth)
-        multiply(task, 0, k + c, least(depth, rows - c), panels + c * NR, most * NR, here, sums + j - first, pitch, room);
+      for (long c = 0; c < rows; c += depth) {
+        const long some = least(depth, rows - c);
+        multiply(task->N, x + c * task->N, some, panels + c * NR, most * NR, here, sums + j - first, pitch);
+      }
     }
+  }
 }
 
 /* Columns `first` to `last` of y. A tile of W has `panels` * NR columns and `depth` rows, a multiple of NR and at most LONG;
@@ -354,14 +385,16 @@ static void sum_rows(const product_task *task, long first, long last, real *merg
 static void columns(const product_task *task, long first, long last, real *workspace) {
   const long T1 = task->T1, N = task->N, span = last - first, pitch = (span + NR - 1) / NR * NR;
   const long tile = task->depth * task->panels * NR;
-  real *sums = workspace, *room = sums + task->most * N * pitch, *s = room + NB * task->depth, shift[span];
+  const int alone = task->B == 1 && !task->lies && task->stack_kind == REAL;
+  real *sums = workspace, *x = sums + task->most * N * pitch, shift[span];
+  real *s = x + task->most * N * reach(task->depth, alone);
   for (long b0 = 0; b0 < task->B; b0 += task->most) {
     const long samples = least(task->most, task->B - b0);
     memset(sums, 0, samples * N * pitch * sizeof(real));
-    if (task->B == 1 && !task->lies && task->stack_kind == REAL)
-      sum_rows(task, first, last, s, s + NR * (LONG + NR), sums, pitch, room);
+    if (alone)
+      sum_rows(task, first, last, s, s + NR * (LONG + NR), sums, pitch, x);
     else
-      sum_tiles(task, b0, samples, first, last, s, s + tile * T1, sums, pitch, room);
+      sum_tiles(task, b0, samples, first, last, s, s + tile * T1, sums, pitch, x);
     for (long b = b0; b < b0 + samples; b++) {
       if (task->bias) {
         memset(shift, 0, span * sizeof(real));
@@ -504,13 +537,13 @@ void merged_product_dw(dw_task *task) {
   }
 }
 
-/* What a caller must know: {NR, GROUP, whether FLOAT16 is known} */
+/* What a caller must know: {NR, GROUP, LONG, whether FLOAT16 is known} */
 void constants(long *out) {
 #ifdef __FLT16_MAX__
   const long known = 1;
 #else
   const long known = 0;
 #endif
-  const long values[] = {NR, GROUP, known};
+  const long values[] = {NR, GROUP, LONG, known};
   memcpy(out, values, sizeof values);
 }

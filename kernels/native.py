@@ -27,13 +27,14 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 KINDS = {torch.bfloat16: 1, torch.float16: 2}
 """Numbers of what native.c calls a kind; 0 is the dtype it computes with."""
-TILE_BYTES = 512 << 10
-"""What the tile of the stack and the weights merged from it may take: about the size of an L2 cache."""
+TILE_BYTES = 768 << 10
+"""What the tile of the stack and the weights merged from it may take."""
 SUMS_BYTES = 4 << 20
-"""What the sums of the samples under way may take."""
+"""What the sums of the samples under way may take, and what is used of their x at once."""
 ALL_SUMS_BYTES = 16 << 20
-"""What they may take in all threads."""
-DEEPEST = 256
+"""What each of the two may take in all threads."""
+TILES = {False: (1, 768), True: (8, 64)}
+"""Panels and greatest depth of a tile: long where rows of the stack run along the sums, wide where they lie across."""
 
 
 class NativeError(Exception):
@@ -73,17 +74,19 @@ class Library:
     columns: int
     """NR: columns of a panel."""
     group: int
+    long: int
+    """Numbers of a row that are used at once for a sample by itself."""
     float16: bool
 
     def tile(self, experts: int, lies: bool) -> tuple[int, int]:
-        """(panels, depth) of a tile of 1+T ``experts``: deep where rows of the stack run along the sums, else wide."""
-        width, deepest = self.width(lies), DEEPEST // 4 if lies else DEEPEST
-        number = width * (experts + self.group) * self.real.itemsize
-        return width // self.columns, max(1, min(deepest, TILE_BYTES // number) // self.columns) * self.columns
+        """(panels, depth) of a tile of 1+T ``experts``."""
+        panels, deepest = TILES[lies]
+        number = self.width(lies) * (experts + self.group) * self.real.itemsize
+        return panels, max(1, min(deepest, TILE_BYTES // number) // self.columns) * self.columns
 
     def width(self, lies: bool) -> int:
         """Columns of a tile."""
-        return (8 if lies else 2) * self.columns
+        return TILES[lies][0] * self.columns
 
 
 def why_not(x: torch.dtype, stack: torch.dtype) -> str | None:
@@ -129,17 +132,21 @@ def merged_product(
     """
     found = library(coefficient.dtype)
     B, N, K = x.shape
-    experts, J = stack.shape[0], y.shape[2]
+    experts, J, here = stack.shape[0], y.shape[2], span.stop - span.start
     panels, depth = found.tile(experts, lies)
-    width, columns = panels * found.columns, min(most or J, span.stop - span.start)
+    depth = min(depth, _steps(K, 1, found.columns))
+    width, columns = panels * found.columns, min(most or J, here)
     sums = min(SUMS_BYTES, ALL_SUMS_BYTES // threads) // coefficient.element_size()
-    step = max(1, sums // width)
+    alone = B == 1 and not lies and stack.dtype == found.real
+    step = max(1, sums // max(width, found.long if alone else depth))
     for first in range(0, N, step):
         tokens = min(step, N - first)
-        # Sums for as many columns as make reading x for each of them and the stack for each `samples` cost the same.
-        across = max((sums / experts) ** 0.5, sums / (B * tokens))
-        across = min(columns, max(1, int(across) // width) * width)
-        samples = max(1, min(B, sums // (tokens * across)))
+        # Sums for as many columns as make reading x for each of them and the stack for each `samples` cost the same,
+        # but parts of one size for every thread, and as many samples each time.
+        across = min(columns, max((sums / experts) ** 0.5, sums / (B * tokens)))
+        parts = max(threads * max(1, round(here / across / threads)), -(-here // columns))
+        across = _steps(here, parts, width)
+        samples = -(-B // -(-B // max(1, min(B, sums // (tokens * max(across, depth))))))
         room = found.functions.product_room(*map(_long, (experts, tokens, across, panels, depth, samples)))
         workspace = coefficient.new_empty(threads * room)
         task = _ProductTask(
@@ -177,6 +184,11 @@ def merged_product_dw(
 
 
 _long = ctypes.c_long
+
+
+def _steps(whole: int, parts: int, multiple: int) -> int:
+    """The size of so many equal parts, rounded up to a multiple."""
+    return -(-whole // (parts * multiple)) * multiple
 
 
 def _together(function: Any, task: ctypes.Structure, threads: int) -> None:
@@ -223,10 +235,10 @@ def _library(real: torch.dtype) -> Library | str:
         return f"the compiled kernels cannot be loaded: {error}"
     for name in ("product_room", "dw_room"):
         getattr(functions, name).restype = ctypes.c_long
-    constants = (ctypes.c_long * 3)()
+    constants = (ctypes.c_long * 4)()
     functions.constants(constants)
-    columns, group, float16 = constants
-    return Library(functions, real, columns, group, bool(float16))
+    columns, group, long, float16 = constants
+    return Library(functions, real, columns, group, long, bool(float16))
 
 
 def _compiled(real: torch.dtype) -> Path:

@@ -33,9 +33,9 @@ STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "fact
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
 NATIVE_COSTS = 1.05, 1.1, 8.0
 """The same for ``native``."""
-NATIVE_TOKENS = 192
+NATIVE_TOKENS = 320
 """From so many tokens on float32 products are left to PyTorch's, which then gain more than merging in cache does."""
-NATIVE_TOKENS_ALONE = 448
+NATIVE_TOKENS_ALONE = 1024
 """The same for one sample by itself, where merging weighs most."""
 NATIVE_ROWS = 384
 """The CPU kernels are given parts of so many rows at least."""
@@ -54,7 +54,7 @@ WORKSPACE_BYTES = 48 << 20
 Merged weights, the outer products of the backward pass, a slab of the stack in another dtype, and activations that
 are converted or on their way through the activation function take at most a quarter each (forward on a GPU merged
 weights half, where no slab is converted). (A slab has at least 8 rows: the bound holds while 8 rows of 1+T experts fit
-in a quarter. ``native`` takes 16 MiB and 1 for every thread.) Not counted: the results (a gradient of a 16-bit stack
+in a quarter. ``native`` takes 32 MiB and 1 for every thread.) Not counted: the results (a gradient of a 16-bit stack
 is summed in float32), and copies of strided inputs: of the stack, and of x where one weight is shared by the batch.
 """
 
