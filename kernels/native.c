@@ -105,9 +105,9 @@ INLINE void narrow(void *to, long at, const real *from, long count, int kind) {
   }
 }
 
-/* c[m, NR] += a[m, K] p[K, NR], m known when compiled. */
+/* c[m, NR] += a[m, K] p[K, NR], m known when compiled; where c is `fresh` nothing is in it yet. */
 INLINE void block(const int m, long K, const real *a, long row, long column, const real *p, long ps, real *c,
-                  long cs) {
+                  long cs, int fresh) {
   vec low[MR], high[MR];
 #pragma GCC unroll 12
   for (int i = 0; i < m; i++) {
@@ -128,17 +128,21 @@ INLINE void block(const int m, long K, const real *a, long row, long column, con
   }
 #pragma GCC unroll 12
   for (int i = 0; i < m; i++) {
-    STORE(c + i * cs, LOAD(c + i * cs) + low[i]);
-    STORE(c + i * cs + VL, LOAD(c + i * cs + VL) + high[i]);
+    if (!fresh) {
+      low[i] += LOAD(c + i * cs);
+      high[i] += LOAD(c + i * cs + VL);
+    }
+    STORE(c + i * cs, low[i]);
+    STORE(c + i * cs + VL, high[i]);
   }
 }
 
 #define CASE(m) \
-  case m: block(m, K, a, row, column, p, ps, c, cs); break;
+  case m: block(m, K, a, row, column, p, ps, c, cs, fresh); break;
 
 /* c[M, NR] += a[M, K] p[K, NR] in blocks of nearly equal height. */
 static void product(long M, long K, const real *a, long row, long column, const real *p, long ps, real *c,
-                    long cs) {
+                    long cs, int fresh) {
   for (long left = M, blocks = (M + MR - 1) / MR; blocks > 0; blocks--) {
     const long m = (left + blocks - 1) / blocks;
     switch (m) {
@@ -321,10 +325,11 @@ INLINE void gather_x(const product_task *task, long b0, long samples, long k, lo
 }
 
 /* sums[n][0:pitch] += x[n, 0:rows] P for the tokens n of a sample and `here` panels P, `far` numbers apart. */
-INLINE void multiply(long N, const real *x, long rows, const real *panel, long far, long here, real *sums, long pitch) {
+INLINE void multiply(long N, const real *x, long rows, const real *panel, long far, long here, real *sums, long pitch,
+                     int fresh) {
   for (long n = 0; n < N; n += NB)
     for (long p = 0; p < here; p++)
-      product(least(NB, N - n), rows, x + n * rows, rows, 1, panel + p * far, NR, sums + n * pitch + p * NR, pitch);
+      product(least(NB, N - n), rows, x + n * rows, rows, 1, panel + p * far, NR, sums + n * pitch + p * NR, pitch, fresh);
 }
 
 /* The sums of samples b0 to b0 + samples for columns `first` to `last`: tile by tile, the tiles beside each other using
@@ -348,7 +353,7 @@ static void sum_tiles(const product_task *task, long b0, long samples, long firs
         merge_tile(count, T1, task->w + (b0 + b) * T1, s, blocks, !task->lies && !once, merged);
         for (long g = b; g < b + count; g++)
           multiply(task->N, x + g * task->N * rows, rows, merged + (g - b) * blocks * NR * NR, height * NR, here,
-                   sums + g * task->N * pitch + j - first, pitch);
+                   sums + g * task->N * pitch + j - first, pitch, k == 0);
       }
     }
   }
@@ -374,7 +379,7 @@ static void sum_rows(const product_task *task, long first, long last, real *merg
       }
       for (long c = 0; c < rows; c += depth) {
         const long some = least(depth, rows - c);
-        multiply(task->N, x + c * task->N, some, panels + c * NR, most * NR, here, sums + j - first, pitch);
+        multiply(task->N, x + c * task->N, some, panels + c * NR, most * NR, here, sums + j - first, pitch, k + c == 0);
       }
     }
   }
@@ -390,7 +395,7 @@ static void columns(const product_task *task, long first, long last, real *works
   real *s = x + task->most * N * reach(task->depth, alone);
   for (long b0 = 0; b0 < task->B; b0 += task->most) {
     const long samples = least(task->most, task->B - b0);
-    memset(sums, 0, samples * N * pitch * sizeof(real));
+    if (task->K == 0) memset(sums, 0, samples * N * pitch * sizeof(real));
     if (alone)
       sum_rows(task, first, last, s, s + NR * (LONG + NR), sums, pitch, x);
     else
@@ -456,30 +461,28 @@ static void inner_products(long T1, const real *o, const real *s, vec *sums) {
   }
 }
 
-/* outer [rows, OUTER_COLUMNS] = dy^T x of one sample for `rows` columns of dy and `columns` of x; `room` for NB tokens. */
-static void outer_product(real *outer, const void *dy, long y0, long yn, long rows, const void *x, long x0, long xn,
-                          long columns, long N, real *room, int kind) {
-  real *left = room, *right = room + NB * OUTER_ROWS;
-  const long panels = (columns + NR - 1) / NR;
-  memset(outer, 0, OUTER_ROWS * OUTER_COLUMNS * sizeof(real));
-  for (long n = 0; n < N; n += NB) {
-    const long count = least(NB, N - n);
-    for (long i = 0; i < count; i++) {
-      widen(left + i * OUTER_ROWS, dy, y0 + (n + i) * yn, rows, kind);
-      for (long p = 0; p < panels; p++) {
-        real *to = right + (p * NB + i) * NR;
-        const long from = x0 + (n + i) * xn + p * NR, some = columns - p * NR;
-        if (some >= NR) {
-          widen(to, x, from, NR, kind);
-        } else {
-          memset(to, 0, NR * sizeof(real));
-          widen(to, x, from, some, kind);
-        }
+/* to[p][n][0:width] = from[n, p * width:(p + 1) * width] for N tokens, `pitch` apart, and as many p as hold the columns; padded
+   with zeros. */
+INLINE void gather_panels(real *to, const void *from, long at, long pitch, long N, long columns, const long width,
+                          int kind) {
+  for (long n = 0; n < N; n++)
+    for (long p = 0; p * width < columns; p++) {
+      real *here = to + (p * N + n) * width;
+      const long begin = at + n * pitch + p * width, count = columns - p * width;
+      if (count >= width) {
+        widen(here, from, begin, width, kind);
+      } else {
+        memset(here, 0, width * sizeof(real));
+        widen(here, from, begin, count, kind);
       }
     }
-    for (long p = 0; p < panels; p++)
-      product(rows, count, left, 1, OUTER_ROWS, right + p * NB * NR, NR, outer + p * NR, OUTER_COLUMNS);
-  }
+}
+
+/* outer [rows, OUTER_COLUMNS] = dy^T x of one sample for columns of dy [N, OUTER_ROWS] and panels of x [panels, N, NR]. */
+static void outer_product(real *outer, const real *dy, const real *x, long rows, long panels, long N) {
+  if (rows < OUTER_ROWS) memset(outer, 0, OUTER_ROWS * OUTER_COLUMNS * sizeof(real));
+  for (long p = 0; p < panels; p++)
+    product(rows, N, dy, 1, OUTER_ROWS, x + p * N * NR, NR, outer + p * NR, OUTER_COLUMNS, 1);
 }
 
 typedef struct {
@@ -488,38 +491,49 @@ typedef struct {
   real *workspace;
   long yb, yn, xb, xn, x_kind, stack_kind, T1, J, K, B, N;
   long first, last, across; /* columns of dy, and how many make a part */
+  long most;                /* samples that are under way at once */
   long room;                /* numbers of workspace for a thread */
   long threads, parts;      /* how many have come, and how many have been taken */
 } dw_task;
 
-/* Numbers of workspace that `rows_dw` needs. */
-long dw_room(long T1) { return (T1 + GROUP) * OUTER_ROWS * OUTER_COLUMNS + NB * (OUTER_ROWS + OUTER_COLUMNS); }
+/* Numbers of workspace that `rows_dw` needs: a tile and what is multiplied with it; dy and x of a sample, `most` times. */
+long dw_room(long T1, long N, long across, long most) {
+  const long dy = (across + OUTER_ROWS - 1) / OUTER_ROWS * OUTER_ROWS;
+  return (T1 + GROUP) * OUTER_ROWS * OUTER_COLUMNS + most * N * (dy + OUTER_COLUMNS);
+}
 
 /* dw [B, T1]: the part of columns `first` to `last` of dy. */
 static void rows_dw(const dw_task *task, long first, long last, double *dw, real *workspace) {
-  const long T1 = task->T1, J = task->J, K = task->K, B = task->B;
-  real *s = workspace, *outer = s + T1 * OUTER_ROWS * OUTER_COLUMNS, *room = outer + GROUP * OUTER_ROWS * OUTER_COLUMNS;
+  const long T1 = task->T1, J = task->J, K = task->K, N = task->N, tile = OUTER_ROWS * OUTER_COLUMNS;
+  const long span = last - first, part = (span + OUTER_ROWS - 1) / OUTER_ROWS * OUTER_ROWS * N;
+  real *s = workspace, *outer = s + T1 * tile, *dy = outer + GROUP * tile, *x = dy + task->most * part;
   vec sums[GROUP][T1];
-  memset(dw, 0, B * T1 * sizeof(double));
-  for (long j = first; j < last; j += OUTER_ROWS) {
-    const long rows = least(OUTER_ROWS, last - j);
+  memset(dw, 0, task->B * T1 * sizeof(double));
+  for (long b0 = 0; b0 < task->B; b0 += task->most, dw += task->most * T1) {
+    const long samples = least(task->most, task->B - b0);
+    for (long b = 0; b < samples; b++)
+      gather_panels(dy + b * part, task->dy, (b0 + b) * task->yb + first, task->yn, N, span, OUTER_ROWS, task->x_kind);
     for (long k = 0; k < K; k += OUTER_COLUMNS) {
-      const long columns = least(OUTER_COLUMNS, K - k), high = (rows + NR - 1) / NR, wide = (columns + NR - 1) / NR;
-      gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, j * K + k, rows, columns, 0);
-      for (long b = 0; b < B; b += GROUP) {
-        const long count = least(GROUP, B - b);
-        for (long g = 0; g < count; g++)
-          outer_product(outer + g * OUTER_ROWS * OUTER_COLUMNS, task->dy, (b + g) * task->yb + j, task->yn, rows, task->x,
-                        (b + g) * task->xb + k, task->xn, columns, task->N, room, task->x_kind);
-        memset(sums, 0, sizeof sums);
-        for (long r = 0; r < high; r++)
-          for (long c = 0; c < wide; c++)
-            for (long g = 0; g < count; g++)
-              inner_products(T1, outer + (g * OUTER_ROWS + r * NR) * OUTER_COLUMNS + c * NR,
-                             s + (r * wide + c) * NR * T1 * NR, sums[g]);
-        for (long g = 0; g < count; g++)
-          for (long t = 0; t < T1; t++)
-            for (int i = 0; i < VL; i++) dw[(b + g) * T1 + t] += sums[g][t][i];
+      const long columns = least(OUTER_COLUMNS, K - k), wide = (columns + NR - 1) / NR;
+      for (long b = 0; b < samples; b++)
+        gather_panels(x + b * N * OUTER_COLUMNS, task->x, (b0 + b) * task->xb + k, task->xn, N, columns, NR, task->x_kind);
+      for (long j = 0; j < span; j += OUTER_ROWS) {
+        const long rows = least(OUTER_ROWS, span - j), high = (rows + NR - 1) / NR;
+        gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, (first + j) * K + k, rows, columns, 0);
+        for (long b = 0; b < samples; b += GROUP) {
+          const long count = least(GROUP, samples - b);
+          for (long g = 0; g < count; g++)
+            outer_product(outer + g * tile, dy + (b + g) * part + j * N, x + (b + g) * N * OUTER_COLUMNS, rows, wide, N);
+          memset(sums, 0, sizeof sums);
+          for (long r = 0; r < high; r++)
+            for (long c = 0; c < wide; c++)
+              for (long g = 0; g < count; g++)
+                inner_products(T1, outer + g * tile + r * NR * OUTER_COLUMNS + c * NR, s + (r * wide + c) * NR * T1 * NR,
+                               sums[g]);
+          for (long g = 0; g < count; g++)
+            for (long t = 0; t < T1; t++)
+              for (int i = 0; i < VL; i++) dw[(b + g) * T1 + t] += sums[g][t][i];
+        }
       }
     }
   }
@@ -537,13 +551,13 @@ void merged_product_dw(dw_task *task) {
   }
 }
 
-/* What a caller must know: {NR, GROUP, LONG, whether FLOAT16 is known} */
+/* What a caller must know: {NR, GROUP, LONG, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
 void constants(long *out) {
 #ifdef __FLT16_MAX__
   const long known = 1;
 #else
   const long known = 0;
 #endif
-  const long values[] = {NR, GROUP, LONG, known};
+  const long values[] = {NR, GROUP, LONG, OUTER_ROWS, OUTER_COLUMNS, known};
   memcpy(out, values, sizeof values);
 }

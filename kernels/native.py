@@ -60,7 +60,7 @@ class _DwTask(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("dy", "x", "stack", "dw", "workspace")),
         *((name, ctypes.c_long) for name in (
             "yb", "yn", "xb", "xn", "x_kind", "stack_kind", "T1", "J", "K", "B", "N",
-            "first", "last", "across", "room", "threads", "parts",
+            "first", "last", "across", "most", "room", "threads", "parts",
         )),
     ]  # fmt: skip
 
@@ -76,17 +76,15 @@ class Library:
     group: int
     long: int
     """Numbers of a row that are used at once for a sample by itself."""
+    outer: tuple[int, int]
+    """Rows and columns of a tile of outer products."""
     float16: bool
 
     def tile(self, experts: int, lies: bool) -> tuple[int, int]:
         """(panels, depth) of a tile of 1+T ``experts``."""
         panels, deepest = TILES[lies]
-        number = self.width(lies) * (experts + self.group) * self.real.itemsize
+        number = panels * self.columns * (experts + self.group) * self.real.itemsize
         return panels, max(1, min(deepest, TILE_BYTES // number) // self.columns) * self.columns
-
-    def width(self, lies: bool) -> int:
-        """Columns of a tile."""
-        return TILES[lies][0] * self.columns
 
 
 def why_not(x: torch.dtype, stack: torch.dtype) -> str | None:
@@ -146,7 +144,7 @@ def merged_product(
         across = min(columns, max((sums / experts) ** 0.5, sums / (B * tokens)))
         parts = max(threads * max(1, round(here / across / threads)), -(-here // columns))
         across = _steps(here, parts, width)
-        samples = -(-B // -(-B // max(1, min(B, sums // (tokens * max(across, depth))))))
+        samples = _even(B, sums // (tokens * max(across, depth)))
         room = found.functions.product_room(*map(_long, (experts, tokens, across, panels, depth, samples)))
         workspace = coefficient.new_empty(threads * room)
         task = _ProductTask(
@@ -172,15 +170,24 @@ def merged_product_dw(
     experts, J = stack.shape[0], stack.shape[1]
     across = min(most or J, span.stop - span.start)
     dw = x.new_empty(-(-(span.stop - span.start) // across), B, experts, dtype=torch.float64)
-    room = found.functions.dw_room(_long(experts))
-    workspace = x.new_empty(threads * room, dtype=real)
-    task = _DwTask(
-        dy=_at(dy), x=_at(x), stack=_at(stack), dw=_at(dw), workspace=_at(workspace), yb=dy.stride(0),
-        yn=dy.stride(1), xb=x.stride(0), xn=x.stride(1), x_kind=_kind(x, found), stack_kind=_kind(stack, found),
-        T1=experts, J=J, K=K, B=B, N=N, first=span.start, last=span.stop, across=across, room=room,
-    )  # fmt: skip
-    _together(found.functions.merged_product_dw, task, threads)
-    return dw.sum(dim=0)
+    rows, columns = found.outer
+    token = (_steps(across, 1, rows) + columns) * real.itemsize
+    step = max(1, min(SUMS_BYTES, ALL_SUMS_BYTES // threads) // token)
+    whole = torch.zeros_like(dw[0])
+    for first in range(0, N, step):
+        here = min(step, N - first)
+        samples = _even(B, step // here)
+        room = found.functions.dw_room(*map(_long, (experts, here, across, samples)))
+        workspace = x.new_empty(threads * room, dtype=real)
+        task = _DwTask(
+            dy=_at(dy, first), x=_at(x, first), stack=_at(stack), dw=_at(dw), workspace=_at(workspace),
+            yb=dy.stride(0), yn=dy.stride(1), xb=x.stride(0), xn=x.stride(1), x_kind=_kind(x, found),
+            stack_kind=_kind(stack, found), T1=experts, J=J, K=K, B=B, N=here, first=span.start, last=span.stop,
+            across=across, most=samples, room=room,
+        )  # fmt: skip
+        _together(found.functions.merged_product_dw, task, threads)
+        whole += dw.sum(dim=0)
+    return whole
 
 
 _long = ctypes.c_long
@@ -189,6 +196,11 @@ _long = ctypes.c_long
 def _steps(whole: int, parts: int, multiple: int) -> int:
     """The size of so many equal parts, rounded up to a multiple."""
     return -(-whole // (parts * multiple)) * multiple
+
+
+def _even(whole: int, most: int) -> int:
+    """The size of equal parts that are no larger, at least 1."""
+    return -(-whole // -(-whole // max(1, min(whole, most))))
 
 
 def _together(function: Any, task: ctypes.Structure, threads: int) -> None:
@@ -235,10 +247,10 @@ def _library(real: torch.dtype) -> Library | str:
         return f"the compiled kernels cannot be loaded: {error}"
     for name in ("product_room", "dw_room"):
         getattr(functions, name).restype = ctypes.c_long
-    constants = (ctypes.c_long * 4)()
+    constants = (ctypes.c_long * 6)()
     functions.constants(constants)
-    columns, group, long, float16 = constants
-    return Library(functions, real, columns, group, long, bool(float16))
+    columns, group, long, *outer, float16 = constants
+    return Library(functions, real, columns, group, long, (outer[0], outer[1]), bool(float16))
 
 
 def _compiled(real: torch.dtype) -> Path:

@@ -68,10 +68,7 @@ def backward(
     dx = d_coefficient = d_stack = None
     if need_x:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        width = kernel.library(coefficient.dtype).width(lies=True)
-        kernel.merged_product(
-            dy, stack, coefficient, None, dx, slice(0, d), lies=True, most=width, threads=plan.workers
-        )
+        kernel.merged_product(dy, stack, coefficient, None, dx, slice(0, d), lies=True, threads=plan.workers)
     if need_weights:
         sums = kernel.merged_product_dw(
             dy, _side_by_side(x), stack, plan.compute_dtype, slice(0, h), most=plan.rows, threads=plan.workers
