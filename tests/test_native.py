@@ -269,6 +269,17 @@ def test_auto_takes_them_and_says_so():
     assert alone.strategy == "shared"
 
 
+def test_many_single_tokens_are_left_to_products_with_every_task_vector():
+    for B, N, T, strategy in (
+        (8, 1, 8, "native"),
+        (9, 1, 8, "factored"),
+        (512, 2, 8, "native"),
+        (4, 1, 20, "factored"),
+    ):
+        inputs = merged_inputs(B, N, T)
+        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == strategy
+
+
 def test_many_tokens_in_float32_are_left_to_larger_products():
     for dtype, strategy in ((torch.float32, "chunked"), (torch.bfloat16, "native")):
         inputs = merged_inputs(2, plan.NATIVE_TOKENS, 8, dtype=dtype)

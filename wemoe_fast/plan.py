@@ -5,7 +5,8 @@ Elsewhere the model counts per sample, in units of a large product's time for on
 
 - ``chunked``:  ``TOKEN_COST`` N for the product, ``MERGE_COST`` (1+T) for merging, which is a skinny product (K = 1+T),
   and ``WRITE_COST`` for writing the merged weights and reading them again;
-- ``native``:   the same with ``NATIVE_COSTS``: merged and multiplied in cache, where there is a C compiler;
+- ``native``:   merged and multiplied in cache, where there is a C compiler: cheaper than any other up to
+  ``NATIVE_TOKENS``, but for many single tokens, ``NATIVE_SINGLES``;
 - ``factored``: (1+T) N, all in large products;
 - ``shared``:   N; the one merged weight is spread over the whole batch.
 
@@ -31,8 +32,8 @@ from .workers import worker_count
 STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "factored")
 
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
-NATIVE_COSTS = 1.05, 1.1, 8.0
-"""The same for ``native``."""
+NATIVE_SINGLES = 80
+"""From so many single tokens times 1+T on ``factored`` is cheaper than ``native``."""
 NATIVE_TOKENS = 320
 """From so many tokens on float32 products are left to PyTorch's, which then gain more than merging in cache does."""
 NATIVE_TOKENS_ALONE = 1024
@@ -124,8 +125,11 @@ def choose(
     if one_weight:
         strategy = "native" if in_cache else "shared"
         return _sized(strategy, "one merged weight serves the whole batch", x, stack, B, N, backward)
-    token, merge, write = NATIVE_COSTS if in_cache else (TOKEN_COST, MERGE_COST, WRITE_COST)
-    if token * N + merge * (1 + T) + write > (1 + T) * N:
+    if in_cache:
+        few = N == 1 and B * (1 + T) >= NATIVE_SINGLES
+    else:
+        few = TOKEN_COST * N + MERGE_COST * (1 + T) + WRITE_COST > (1 + T) * N
+    if few:
         reason = f"{N} tokens: multiplying by every task vector beats merging them"
         return _sized("factored", reason, x, stack, B, N, backward)
     if in_cache:
