@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablation vision --out ablation-out
     python -m benchmarks.ablation text --out ablation-out --settings published softmax --minutes 10
+    python -m benchmarks.ablation table --out ablation-out
 
 Every setting is adapted on unlabelled samples and judged on tuning samples after two numbers of steps; the better is
 its own. Then test samples are read, once: for the published recipe (the better of its learning rates), for the best
@@ -281,17 +282,24 @@ def experiments(fashion: Path = FASHION_DIR, cache: Path | None = None) -> dict[
     return {"vision": Experiment("vision", vision, (30, 90)), "text": Experiment("text", text, (30, 70), tuning=150)}
 
 
-def table(content: Mapping[str, Any], *, markdown: bool = False) -> str:
-    """Settings down; tuning accuracy at their own number of steps, drift, test accuracy where it was read."""
-    lines = [["setting", "steps", "tuning", "drift", "test"]]
-    own = {name: content["tuning"][name][str(n)] for name, n in content["steps"].items()}
-    for name, summary in sorted(own.items(), key=lambda item: item[1]["mean"]):
-        test = content["test"].get(name)
-        steps, drift = str(content["steps"][name]), f"{summary['drift']:.1f}"
-        lines.append([name, steps, _percent(summary), drift, "" if test is None else _percent(test)])
-    for name, summary in content["test"].items():
-        if name not in own:
-            lines.append([name, "", "", "", _percent(summary)])
+def table(*contents: Mapping[str, Any], markdown: bool = False) -> str:
+    """Settings down; of each experiment the steps, tuning accuracy then, drift, and test accuracy where it was read."""
+    own = [{n: c["tuning"][n][str(steps)] for n, steps in c["steps"].items()} for c in contents]
+    settings = [name for name in own[0] if all(name in of for of in own)]
+    settings.sort(key=lambda name: statistics.fmean(of[name]["mean"] for of in own))
+    others = [
+        name for name in contents[0]["test"] if all(name in c["test"] and name not in c["steps"] for c in contents)
+    ]
+    before = [f"{c['experiment']}: " if len(contents) > 1 else "" for c in contents]
+    lines = [["setting", *(f"{b}{word}" for b in before for word in ("steps", "tuning", "drift", "test"))]]
+    for name in [*settings, *others]:
+        line = [name]
+        for content, of in zip(contents, own, strict=True):
+            test = _percent(content["test"][name]) if name in content["test"] else ""
+            known = name in of
+            line += [str(content["steps"][name]), _percent(of[name]), f"{of[name]['drift']:.1f}"] if known else [""] * 3
+            line.append(test)
+        lines.append(line)
     if not markdown:
         return aligned(lines)
     rows = [f"| {' | '.join(line)} |" for line in lines]
@@ -331,9 +339,9 @@ def _picked(words: Sequence[str]) -> list[Setting]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    known = ("vision", "text")
+    known = ("vision", "text", "table")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.split("\n")[0])
-    parser.add_argument("experiment", choices=known)
+    parser.add_argument("experiment", choices=known, help="table: Markdown of the results of both that lie in --out")
     parser.add_argument("--out", type=Path, required=True, help="keeps every result; the same command goes on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
@@ -343,6 +351,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fashion-mnist", type=Path, default=FASHION_DIR, metavar="DIR")
     parser.add_argument("--cache-dir", type=Path, help="where packages and models are kept")
     options = parser.parse_args(arguments)
+    if options.experiment == "table":
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("ablation-*.json"))]
+        if not found:
+            sys.stderr.write(f"error: no ablation-*.json in {options.out}; run an experiment first\n")
+            return 1
+        sys.stdout.write(table(*found, markdown=True) + "\n")
+        return 0
     try:
         ablation = Ablation(
             experiments(options.fashion_mnist, options.cache_dir)[options.experiment],

@@ -126,3 +126,21 @@ def test_a_table_is_written(
     assert ablation.main(arguments) == 0
     assert "softmax, lr 5e-3" in capsys.readouterr().out
     assert json.loads((tmp_path / "ablation-vision.json").read_text())["experiment"] == "tiny"
+    assert ablation.main(["table", "--out", str(tmp_path)]) == 0
+    assert "| softmax, lr 5e-3 |" in capsys.readouterr().out
+    assert ablation.main(["table", "--out", str(tmp_path / "vision")]) == 1
+
+
+def test_experiments_beside_each_other() -> None:
+    row = {"mean": 0.5, "std": 0.1, "drift": 1.0}
+    one = {
+        "experiment": "one", "steps": {"a": 3, "b": 5}, "tuning": {"a": {"3": row}, "b": {"5": row | {"mean": 0.4}}},
+        "test": {"b": row, "experts": row},
+    }  # fmt: skip
+    head, _, *rows = ablation.table(one, one | {"experiment": "two", "test": {"experts": row}}).splitlines()
+    assert "one: steps" in head
+    assert "two: test" in head
+    assert [line.split()[0] for line in rows] == ["b", "a", "experts"], (
+        "from worst to best, then what they are compared with"
+    )
+    assert [line.count(" ± ") for line in rows] == [3, 2, 2]
