@@ -29,7 +29,7 @@ KINDS = {torch.bfloat16: 1, torch.float16: 2}
 """Numbers of what native.c calls a kind; 0 is the dtype it computes with."""
 TILE_BYTES = 768 << 10
 """What the tile of the stack and the weights merged from it may take."""
-SUMS_BYTES = 4 << 20
+SUMS_BYTES = 6 << 20
 """What the sums of the samples under way may take, and what is used of their x at once."""
 ALL_SUMS_BYTES = 16 << 20
 """What each of the two may take in all threads."""
