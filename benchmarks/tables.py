@@ -1,9 +1,15 @@
-"""Results of the throughput harness as text."""
+"""Results of the throughput harness as text.
+
+python -m benchmarks.tables benchmarks/results/bench-cpu-amd-epyc-avx2.json    # as Markdown
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import peers
@@ -65,6 +71,31 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def markdown(results: Sequence[Result]) -> str:
+    """One row a workload that both the static model and ours ran: milliseconds and times the static model."""
+    columns = ("auto", peers.MATERIALISED, peers.COMPILED, peers.FUSION_BENCH)
+    titles = ("", "static", "wemoe-fast", *columns[1:], "than FusionBench")
+    rows = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    for result in results:
+        times, ratios = result["milliseconds"], result["ratio_to_static"]
+        if peers.STATIC not in times or "auto" not in times:
+            continue
+        words = [
+            result["shape"],
+            "whole tower" if result["level"] == "tower" else "",
+            "adaptation step" if result["step"] == "adapt" else "",
+            "bf16" if result["dtype"] == "bfloat16" else "",
+            f"{result['T']} experts" if result["T"] != 8 else "",
+        ]
+        shape = " x ".join(str(result[key]) for key in ("B", "N", "d", "h"))
+        cells = [f"{', '.join(filter(None, words))}: {shape}", f"{times[peers.STATIC]:.0f} ms"]
+        cells += [f"{times[name]:.0f} ms, {ratios[name]:.2f}x" if name in times else "-" for name in columns]
+        known = peers.FUSION_BENCH in times
+        cells.append(f"{times[peers.FUSION_BENCH] / times['auto']:.1f}x" if known else "-")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def absences(results: Sequence[Result]) -> Iterator[str]:
     """Who was left out, where and why."""
     where: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -74,3 +105,8 @@ def absences(results: Sequence[Result]) -> Iterator[str]:
     for (name, reason), found in where.items():
         places = f"{len(found)} of {len(results)} workloads" if len(found) > 3 else "; ".join(found)
         yield f"not timed: {label(name)}: {reason} ({places})"
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        sys.stdout.write(markdown(json.loads(Path(file).read_text(encoding="utf-8"))["results"]) + "\n")

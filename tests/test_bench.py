@@ -94,6 +94,18 @@ def test_whoever_is_left_out_is_named_with_the_reason(run: tuple[dict[str, Any],
             assert f"not timed: {tables.label(name)}: {reason}" in text
 
 
+def test_markdown_has_a_row_for_every_workload(run: tuple[dict[str, Any], str, Path]) -> None:
+    results = run[0]["results"]
+    head, _, *rows = tables.markdown(results).splitlines()
+    assert len(rows) == len(results)
+    for row, result in zip(rows, results, strict=True):
+        assert row.count("|") == head.count("|")
+        assert f"{result['milliseconds']['auto']:.0f} ms, {result['ratio_to_static']['auto']:.2f}x" in row
+        assert ("whole tower" in row) == (result["level"] == "tower")
+        assert ("experts" in row) == (result["T"] != 8)
+    assert tables.markdown([{**results[0], "milliseconds": {}}]).count("\n") == 1
+
+
 def test_plots_are_written_and_not_empty(run: tuple[dict[str, Any], str, Path]) -> None:
     from matplotlib.image import imread
 
