@@ -38,7 +38,7 @@ from wemoe_fast.errors import InputError, WEMoEError
 from wemoe_fast.evaluate import evaluate
 from wemoe_fast.fingerprint import Digest
 from wemoe_fast.merge import baselines, load_recipe_models
-from wemoe_fast.report import aligned, write_json
+from wemoe_fast.report import aligned, markdown_table, write_json
 from wemoe_fast.tasks import Samples, Task, load_tasks
 from wemoe_fast.upscale import upscale, wemoe_layers
 
@@ -295,15 +295,13 @@ def table(*contents: Mapping[str, Any], markdown: bool = False) -> str:
     for name in [*settings, *others]:
         line = [name]
         for content, of in zip(contents, own, strict=True):
-            test = _percent(content["test"][name]) if name in content["test"] else ""
-            known = name in of
-            line += [str(content["steps"][name]), _percent(of[name]), f"{of[name]['drift']:.1f}"] if known else [""] * 3
-            line.append(test)
+            if name in of:
+                line += [str(content["steps"][name]), _percent(of[name]), f"{of[name]['drift']:.1f}"]
+            else:
+                line += [""] * 3
+            line.append(_percent(content["test"][name]) if name in content["test"] else "")
         lines.append(line)
-    if not markdown:
-        return aligned(lines)
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([rows[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *rows[1:]])
+    return markdown_table(lines) if markdown else aligned(lines)
 
 
 def _summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

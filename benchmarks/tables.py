@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wemoe_fast.report import markdown_table
+
 from . import peers
 from .contenders import STRATEGIES
 
@@ -75,7 +77,7 @@ def markdown(results: Sequence[Result]) -> str:
     """One row a workload that both the static model and ours ran: milliseconds and times the static model."""
     columns = ("auto", peers.MATERIALISED, peers.COMPILED, peers.FUSION_BENCH)
     titles = ("", "static", "wemoe-fast", *columns[1:], "than FusionBench")
-    rows = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    lines: list[Sequence[str]] = [titles]
     for result in results:
         times, ratios = result["milliseconds"], result["ratio_to_static"]
         if peers.STATIC not in times or "auto" not in times:
@@ -92,8 +94,8 @@ def markdown(results: Sequence[Result]) -> str:
         cells += [f"{times[name]:.0f} ms, {ratios[name]:.2f}x" if name in times else "-" for name in columns]
         known = peers.FUSION_BENCH in times
         cells.append(f"{times[peers.FUSION_BENCH] / times['auto']:.1f}x" if known else "-")
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def absences(results: Sequence[Result]) -> Iterator[str]:

@@ -140,7 +140,7 @@ INLINE void block(const int m, long K, const real *a, long row, long column, con
 #define CASE(m) \
   case m: block(m, K, a, row, column, p, ps, c, cs, fresh); break;
 
-/* c[M, NR] += a[M, K] p[K, NR] in blocks of nearly equal height. */
+/* The same for c[M, NR], in blocks of nearly equal height. */
 static void product(long M, long K, const real *a, long row, long column, const real *p, long ps, real *c,
                     long cs, int fresh) {
   for (long left = M, blocks = (M + MR - 1) / MR; blocks > 0; blocks--) {
@@ -324,7 +324,8 @@ INLINE void gather_x(const product_task *task, long b0, long samples, long k, lo
       widen(to, task->x, b * task->xb + n * task->xn + k, rows, task->x_kind);
 }
 
-/* sums[n][0:pitch] += x[n, 0:rows] P for the tokens n of a sample and `here` panels P, `far` numbers apart. */
+/* sums[n][0:pitch] += x[n, 0:rows] P for the tokens n of a sample and `here` panels P, `far` numbers apart; `fresh` as
+   in `block`. */
 INLINE void multiply(long N, const real *x, long rows, const real *panel, long far, long here, real *sums, long pitch,
                      int fresh) {
   for (long n = 0; n < N; n += NB)
@@ -395,7 +396,6 @@ static void columns(const product_task *task, long first, long last, real *works
   real *s = x + task->most * N * reach(task->depth, alone);
   for (long b0 = 0; b0 < task->B; b0 += task->most) {
     const long samples = least(task->most, task->B - b0);
-    if (task->K == 0) memset(sums, 0, samples * N * pitch * sizeof(real));
     if (alone)
       sum_rows(task, first, last, s, s + NR * (LONG + NR), sums, pitch, x);
     else

@@ -135,6 +135,23 @@ def test_strided_operands():
     assert not strided[:, :, 0].any()
 
 
+@pytest.mark.parametrize("real", EXACT, ids=str)
+def test_rows_a_page_apart(real):
+    """Between them lies what is not theirs."""
+    x, dy, *others = operands(2, 61, 300, 150, 3, real, real)
+    pages = [torch.full((2, 61, 1024), torch.nan, dtype=real)[:, :, : t.shape[2]].copy_(t) for t in (x, dy)]
+    assert_exact(*pages, *others)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 70, 150, 220])
+def test_gradients_of_more_tokens_than_are_under_way_at_once(tokens, monkeypatch, poisoned):
+    """Some tokens of one sample at a time, or some samples."""
+    rows, columns = native.library(torch.float32).outer
+    x, dy, stack, w, bias = operands(7, 70, 24, 40, 3)
+    monkeypatch.setattr(native, "SUMS_BYTES", tokens * (rows + columns) * 4)
+    assert_exact(x, dy, stack, w, bias)
+
+
 def test_more_tokens_than_are_under_way_at_once(monkeypatch):
     x, dy, stack, w, bias = operands(3, 70, 24, 40, 3)
     whole, pieces = torch.empty_like(dy), torch.empty_like(dy)

@@ -69,6 +69,12 @@ def accuracy_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
 
 
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """The first line as heading; the first column to the left, numbers to the right."""
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *rows])
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """A table for the terminal: a heading and rows of cells, the first column to the left, the others to the right."""
     padded, widths = _padded(lines)
