@@ -3,7 +3,8 @@
        C[m, j] += sum_k A[m, k] W[k, j],    W = sum_t w_t S_t
 
    A tile of the stack S is gathered once and merged for a group of samples; the weights of a sample exist for a tile at a
-   time, in panels: NR columns of W, row after row. One product serves all: forward (A = x, W = weight transposed), the
+   time, in panels: NR columns of W, row after row. A is packed in blocks of MR rows, column after column, so that the
+   product reads both as they lie. One product serves all: forward (A = x, W = weight transposed), the
    gradient of x (A = dy, W = weight) and the outer products in the gradient of the routing weights (A = dy transposed,
    W = x). The sums over k run in an order that depends on nothing but K: what comes out for a token depends neither on
    the batch nor on the other tokens.
@@ -37,9 +38,8 @@ typedef int32_t integer;
 #endif
 #define VL (VECTOR / (int)sizeof(real))
 #define NR (2 * VL)
-#define NB 60 /* tokens that are multiplied at once */
+#define RUN 16 /* tokens whose sums are stored together */
 #define GROUP 6 /* samples that are merged at once: their sums fit in the registers */
-#define LONG 1024 /* numbers of a row of the stack that are merged at once for a sample by itself */
 #define OUTER_ROWS (3 * NR) /* of an outer product, with its columns and those of the samples under way in cache */
 #define OUTER_COLUMNS (10 * NR)
 
@@ -105,55 +105,50 @@ INLINE void narrow(void *to, long at, const real *from, long count, int kind) {
   }
 }
 
-/* c[m, NR] += a[m, K] p[K, NR], m known when compiled; where c is `fresh` nothing is in it yet. */
-INLINE void block(const int m, long K, const real *a, long row, long column, const real *p, long ps, real *c,
-                  long cs, int fresh) {
+/* c[m, NR] = start[m, NR] + a[K, m]^T p[K, NR], m known when compiled; rows of `start` lie `step` apart. */
+INLINE void block(const int m, long K, const real *a, const real *p, real *c, const real *start, long step) {
   vec low[MR], high[MR];
 #pragma GCC unroll 12
   for (int i = 0; i < m; i++) {
     low[i] = high[i] = (vec){0};
-    __builtin_prefetch(c + i * cs, 1);
-    __builtin_prefetch(c + i * cs + NR - 1, 1);
+    __builtin_prefetch(c + i * NR, 1);
   }
-  for (long k = 0; k < K; k++) {
+  for (long k = 0; k < K; k++, a += m, p += NR) {
     const vec p0 = LOAD(p), p1 = LOAD(p + VL);
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++) {
-      const vec ai = a[i * row] - (vec){0};
+      const vec ai = a[i] - (vec){0};
       low[i] += ai * p0;
       high[i] += ai * p1;
     }
-    a += column;
-    p += ps;
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < m; i++) {
-    if (!fresh) {
-      low[i] += LOAD(c + i * cs);
-      high[i] += LOAD(c + i * cs + VL);
-    }
-    STORE(c + i * cs, low[i]);
-    STORE(c + i * cs + VL, high[i]);
+  for (int i = 0; i < m; i++, c += NR, start += step) {
+    STORE(c, low[i] + LOAD(start));
+    STORE(c + VL, high[i] + LOAD(start + VL));
   }
 }
 
-#define CASE(m) \
-  case m: block(m, K, a, row, column, p, ps, c, cs, fresh); break;
+/* How many of M rows make the next block, where so many blocks of nearly equal height are left. */
+INLINE long height(long M, long blocks) { return (M + blocks - 1) / blocks; }
 
-/* The same for c[M, NR], in blocks of nearly equal height. */
-static void product(long M, long K, const real *a, long row, long column, const real *p, long ps, real *c,
-                    long cs, int fresh) {
-  for (long left = M, blocks = (M + MR - 1) / MR; blocks > 0; blocks--) {
-    const long m = (left + blocks - 1) / blocks;
+#define CASE(m) \
+  case m: block(m, K, a, p, c, start, step); break;
+
+/* c[M, NR] = start[M, NR] + A p[K, NR], A [M, K] in blocks as `pack` leaves them. */
+static void product(long M, long K, const real *a, const real *p, real *c, const real *start, long step) {
+  for (long blocks = (M + MR - 1) / MR; blocks > 0; blocks--) {
+    const long m = height(M, blocks);
     switch (m) {
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MR > 6
       CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
-    a += m * row;
-    c += m * cs;
-    left -= m;
+    a += m * K;
+    c += m * NR;
+    start += m * step;
+    M -= m;
   }
 }
 
@@ -235,6 +230,22 @@ INLINE void turn(square a, real *to, long pitch) {
   *(vec4 *)(to + 3 * pitch) = SHUFFLE(high01, high23, 2, 3, 6, 7);
 }
 
+/* to[K, m] = from[m, K]^T, rows `pitch` apart; the next m rows are asked for. */
+INLINE void pack(const long m, long K, const real *from, long pitch, real *to) {
+  long k = 0;
+  if (m >= 4)
+    for (; k + NR <= K; k += NR) {
+      for (long i = 0; i < m; i++) __builtin_prefetch(from + (m + i) * pitch + k);
+      for (long c = k; c < k + NR; c += 4)
+        for (long i = 0; i < m; i += 4) {
+          const long r = least(i, m - 4);
+          turn(load(from + r * pitch + c, pitch), to + c * m + r, m);
+        }
+    }
+  for (; k < K; k++)
+    for (long i = 0; i < m; i++) to[k * m + i] = from[i * pitch + k];
+}
+
 /* to[c][r] = from[r][c] for NR rows, `pitch` apart, and columns. */
 INLINE void transpose(const real *from, long pitch, real *to) {
   for (long c = 0; c < NR; c += 4)
@@ -299,134 +310,151 @@ typedef struct {
   const void *x, *stack;
   const real *w, *bias;
   void *y;
-  real *workspace;
-  long xb, xn, x_kind, stack_kind, T1, J, K, lies, yb, yn, B, N;
-  long first, last, across; /* columns of y, and how many make a part */
-  long panels, depth, most; /* see `columns` */
-  long room;                /* numbers of workspace for a thread */
-  long threads, parts;      /* how many have come, and how many have been taken */
+  real *packed, *sums, *workspace;
+  long B, N, K, T1;
+  long xb, xn, x_kind, size, pitch, stack_kind, lies, yb, yn, y_kind, bt;
+  long first, last;                /* columns */
+  long panels, depth, reach, adds; /* see `merged_product` */
+  long room;                       /* numbers of workspace for a thread */
+  long threads, parts;             /* how many have come, and how many have been taken */
 } product_task;
-
-/* Numbers of a row of x, or of the stack, that are used at once: for samples together, or for one by itself. */
-INLINE long reach(long depth, int alone) { return alone ? LONG / depth * depth : depth; }
-
-/* Numbers of workspace that `columns` needs: a tile and what is merged from it, or rows merged at once; sums; x. */
-long product_room(long T1, long N, long across, long panels, long depth, long most) {
-  const long full = panels * NR, pitch = (across + NR - 1) / NR * NR;
-  const long tile = depth * full * (T1 + GROUP), rows = NR * (LONG + NR) + full * LONG;
-  return (tile > rows ? tile : rows) + most * N * (pitch + reach(depth, most == 1));
-}
-
-/* to[b][n][0:rows] = x[b0 + b, n, k:k + rows] for `samples`: close together, and as they are computed with. */
-INLINE void gather_x(const product_task *task, long b0, long samples, long k, long rows, real *to) {
-  for (long b = b0; b < b0 + samples; b++)
-    for (long n = 0; n < task->N; n++, to += rows)
-      widen(to, task->x, b * task->xb + n * task->xn + k, rows, task->x_kind);
-}
-
-/* sums[n][0:pitch] += x[n, 0:rows] P for the tokens n of a sample and `here` panels P, `far` numbers apart; `fresh` as
-   in `block`. */
-INLINE void multiply(long N, const real *x, long rows, const real *panel, long far, long here, real *sums, long pitch,
-                     int fresh) {
-  for (long n = 0; n < N; n += NB)
-    for (long p = 0; p < here; p++)
-      product(least(NB, N - n), rows, x + n * rows, rows, 1, panel + p * far, NR, sums + n * pitch + p * NR, pitch, fresh);
-}
-
-/* The sums of samples b0 to b0 + samples for columns `first` to `last`: tile by tile, the tiles beside each other using
-   the same numbers of x. */
-static void sum_tiles(const product_task *task, long b0, long samples, long first, long last, real *s, real *merged,
-                      real *sums, long pitch, real *x) {
-  const long T1 = task->T1, J = task->J, K = task->K, full = task->panels * NR;
-  const int once = !task->lies && samples > T1; /* the tile is turned, not what is merged from it */
-  for (long k = 0; k < K; k += task->depth) {
-    const long rows = least(task->depth, K - k), height = (rows + NR - 1) / NR * NR;
-    gather_x(task, b0, samples, k, rows, x);
-    for (long j = first; j < last; j += full) {
-      const long width = least(full, last - j), here = (width + NR - 1) / NR, blocks = here * height / NR;
-      if (task->lies)
-        gather_tile(s, task->stack, task->stack_kind, T1, J * K, J, k * J + j, rows, width, 1);
-      else
-        gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, j * K + k, width, rows, 0);
-      if (once) turn_tile(s, T1, blocks);
-      for (long b = 0; b < samples; b += GROUP) {
-        const long count = least(GROUP, samples - b);
-        merge_tile(count, T1, task->w + (b0 + b) * T1, s, blocks, !task->lies && !once, merged);
-        for (long g = b; g < b + count; g++)
-          multiply(task->N, x + g * task->N * rows, rows, merged + (g - b) * blocks * NR * NR, height * NR, here,
-                   sums + g * task->N * pitch + j - first, pitch, k == 0);
-      }
-    }
-  }
-}
-
-/* The same for one sample by itself, for which a tile is not worth gathering: rows of the stack are merged where they lie,
-   as far as memory is read in one go. */
-static void sum_rows(const product_task *task, long first, long last, real *merged, real *panels, real *sums, long pitch,
-                     real *x) {
-  const long T1 = task->T1, K = task->K, far = LONG + NR, full = task->panels * NR, depth = task->depth;
-  const long most = reach(depth, 1);
-  memset(merged, 0, NR * far * sizeof(real)); /* what is beyond the last row is multiplied as well */
-  for (long k = 0; k < K; k += most) {
-    const long rows = least(most, K - k);
-    for (long c = 0; c < rows; c += depth) gather_x(task, 0, 1, k + c, least(depth, rows - c), x + c * task->N);
-    for (long j = first; j < last; j += full) {
-      const long here = (least(full, last - j) + NR - 1) / NR;
-      for (long p = 0; p < here; p++) {
-        const long at = j + p * NR, count = least(NR, last - at);
-        for (long r = 0; r < count; r++)
-          merge_rows(merged + r * far, (const real *)task->stack + (at + r) * K + k, task->J * K, task->w, T1, rows);
-        for (long c = 0; c < rows; c += NR) transpose(merged + c, far, panels + (p * most + c) * NR);
-      }
-      for (long c = 0; c < rows; c += depth) {
-        const long some = least(depth, rows - c);
-        multiply(task->N, x + c * task->N, some, panels + c * NR, most * NR, here, sums + j - first, pitch, k + c == 0);
-      }
-    }
-  }
-}
-
-/* Columns `first` to `last` of y. A tile of W has `panels` * NR columns and `depth` rows, a multiple of NR and at most LONG;
-   the sums of `most` samples are under way at once. */
-static void columns(const product_task *task, long first, long last, real *workspace) {
-  const long T1 = task->T1, N = task->N, span = last - first, pitch = (span + NR - 1) / NR * NR;
-  const long tile = task->depth * task->panels * NR;
-  const int alone = task->B == 1 && !task->lies && task->stack_kind == REAL;
-  real *sums = workspace, *x = sums + task->most * N * pitch, shift[span];
-  real *s = x + task->most * N * reach(task->depth, alone);
-  for (long b0 = 0; b0 < task->B; b0 += task->most) {
-    const long samples = least(task->most, task->B - b0);
-    if (alone)
-      sum_rows(task, first, last, s, s + NR * (LONG + NR), sums, pitch, x);
-    else
-      sum_tiles(task, b0, samples, first, last, s, s + tile * T1, sums, pitch, x);
-    for (long b = b0; b < b0 + samples; b++) {
-      if (task->bias) {
-        memset(shift, 0, span * sizeof(real));
-        for (long t = 0; t < T1; t++)
-          for (long c = 0; c < span; c++) shift[c] += task->w[b * T1 + t] * task->bias[t * task->J + first + c];
-      }
-      for (long n = 0; n < N; n++) {
-        real *sum = sums + ((b - b0) * N + n) * pitch;
-        if (task->bias)
-          for (long c = 0; c < span; c++) sum[c] += shift[c];
-        narrow(task->y, b * task->yb + n * task->yn + first, sum, span, task->x_kind);
-      }
-    }
-  }
-}
 
 /* The next part of a task, and a thread's number among those that have come. */
 INLINE long next(long *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
-/* y[b, n, j] = sum_k x[b, n, k] W_b[k, j] + sum_t w[b, t] bias[t, j] for j from `first` to `last`.
+/* Where numbers k to k + rows of the tokens of sample b are packed. */
+INLINE real *packed_at(const product_task *task, long b, long k, long rows) {
+  return task->packed + task->N * (task->B * k + b * rows);
+}
 
-   x [B, N, K] with strides xb, xn; y [B, N, J] with strides yb, yn, both stored as x_kind; stack [T1, J, K], or
-   [T1, K, J] where `lies`, as stack_kind; w [B, T1]; bias [T1, J] or null. */
+/* Where the sums of a panel are for the tokens of sample b: [panel][b][n][0:NR]. */
+INLINE real *sums_at(const product_task *task, long panel, long b) {
+  return task->sums + (panel * task->B + b) * task->N * NR;
+}
+
+/* Pack what lies in memory as `real`, or is in sums. */
+INLINE void pack_block(long m, long K, const real *from, long pitch, real *to) {
+  if (m == MR)
+    pack(MR, K, from, pitch, to);
+  else
+    pack(m, K, from, pitch, to);
+}
+
+/* Tokens as the product takes them: for `depth` numbers after the other the tokens of each sample in blocks. From x
+   [B, N, K] with strides xb, xn, stored as x_kind; where x is null, from sums of K columns. */
+void pack_tokens(product_task *task) {
+  const long steps = (task->K + task->depth - 1) / task->depth;
+  for (long part; (part = next(&task->parts)) < task->B * steps;) {
+    const long b = part / steps, k = part % steps * task->depth, rows = least(task->depth, task->K - k);
+    real *to = packed_at(task, b, k, rows), wide[MR * rows];
+    for (long n = 0, blocks = (task->N + MR - 1) / MR; blocks > 0; blocks--) {
+      const long m = height(task->N - n, blocks), from = b * task->xb + n * task->xn + k;
+      if (!task->x) {
+        for (long c = 0; c < rows; c += NR)
+          pack_block(m, least(NR, rows - c), sums_at(task, (k + c) / NR, b) + n * NR, NR, to + c * m);
+      } else if (task->x_kind == REAL) {
+        pack_block(m, rows, (const real *)task->x + from, task->xn, to);
+      } else {
+        for (long i = 0; i < m; i++) widen(wide + i * rows, task->x, from + i * task->xn, rows, task->x_kind);
+        pack_block(m, rows, wide, rows, to);
+      }
+      n += m;
+      to += m * rows;
+    }
+  }
+}
+
+/* Numbers of workspace that `merged_product` needs: a tile and what is merged from it, or rows merged at once. */
+long product_room(long T1, long panels, long reach) {
+  const long tile = reach * panels * NR * (T1 + GROUP), rows = NR * (reach + NR) + panels * NR * reach;
+  return tile > rows ? tile : rows;
+}
+
+/* Add the product of numbers k to k + rows of sample b with panels of W, `far` numbers apart, to the sums of columns j to
+   j + width. They begin with the merged bias. */
+INLINE void multiply(const product_task *task, long b, long k, long rows, const real *merged, long far, long j,
+                     long width) {
+  for (long c = 0; c < rows; c += task->depth) {
+    const long some = least(task->depth, rows - c);
+    for (long p = 0; p * NR < width; p++) {
+      real *sums = sums_at(task, (j - task->first) / NR + p, b), shift[NR] = {0};
+      const int first = !task->adds && k + c == 0;
+      if (first && task->bias)
+        for (long t = 0; t < task->T1; t++)
+          for (long i = 0; i < least(NR, width - p * NR); i++)
+            shift[i] += task->w[b * task->T1 + t] * task->bias[t * task->bt + j + p * NR + i];
+      product(task->N, some, packed_at(task, b, k + c, some), merged + p * far + c * NR, sums, first ? shift : sums,
+              first ? 0 : NR);
+    }
+  }
+}
+
+/* `width` columns from j on: a tile of the stack after the other. */
+static void product_of_tiles(const product_task *task, long j, long width, real *s) {
+  const long T1 = task->T1, B = task->B, here = (width + NR - 1) / NR, size = task->size, pitch = task->pitch;
+  const int once = !task->lies && B > T1; /* the tile is turned, not what is merged from it */
+  real *merged = s + task->reach * task->panels * NR * T1;
+  for (long k = 0; k < task->K; k += task->reach) {
+    const long rows = least(task->reach, task->K - k), high = (rows + NR - 1) / NR, blocks = here * high;
+    if (task->lies)
+      gather_tile(s, task->stack, task->stack_kind, T1, size, pitch, k * pitch + j, rows, width, 1);
+    else
+      gather_tile(s, task->stack, task->stack_kind, T1, size, pitch, j * pitch + k, width, rows, 0);
+    if (once) turn_tile(s, T1, blocks);
+    for (long b = 0, groups = (B + GROUP - 1) / GROUP; groups > 0; groups--) {
+      const long count = height(B - b, groups);
+      merge_tile(count, T1, task->w + b * T1, s, blocks, !task->lies && !once, merged);
+      for (long g = 0; g < count; g++, b++)
+        multiply(task, b, k, rows, merged + g * blocks * NR * NR, high * NR * NR, j, width);
+    }
+  }
+}
+
+/* The same for one sample by itself, for which a tile is not worth gathering: rows of the stack are merged where they
+   lie. */
+static void product_of_rows(const product_task *task, long j, long width, real *merged) {
+  const long far = task->reach + NR, here = (width + NR - 1) / NR;
+  real *panels = merged + NR * far;
+  memset(merged, 0, NR * far * sizeof(real)); /* what is beyond the last row is multiplied as well */
+  for (long k = 0; k < task->K; k += task->reach) {
+    const long rows = least(task->reach, task->K - k);
+    for (long p = 0; p < here; p++) {
+      const long at = j + p * NR, count = least(NR, width - p * NR);
+      for (long r = 0; r < count; r++)
+        merge_rows(merged + r * far, (const real *)task->stack + (at + r) * task->pitch + k, task->size, task->w, task->T1,
+                   rows);
+      for (long c = 0; c < rows; c += NR) transpose(merged + c, far, panels + (p * task->reach + c) * NR);
+    }
+    multiply(task, 0, k, rows, panels, task->reach * NR, j, width);
+  }
+}
+
+/* sums[b, n, j - first] += sum_k x[b, n, k] W_b[k, j] for j from `first` to `last`, which unless it `adds` begin with
+   sum_t w[b, t] bias[t, j], or without bias with nothing.
+
+   x [B, N, K] has been packed; bias [T1, J] with strides bt, 1, or null; stack [T1, J, K], or [T1, K, J] where it `lies`, with strides size, pitch, 1, stored as
+   stack_kind; w [B, T1]. A tile of W has `panels` * NR columns and `reach` rows; a sum is added to every `depth`
+   numbers, of which `reach` is a multiple. Both are multiples of NR. */
 void merged_product(product_task *task) {
+  const long across = task->panels * NR;
   real *workspace = task->workspace + next(&task->threads) * task->room;
-  for (long j; (j = task->first + next(&task->parts) * task->across) < task->last;)
-    columns(task, j, least(j + task->across, task->last), workspace);
+  for (long j; (j = task->first + next(&task->parts) * across) < task->last;)
+    if (task->B == 1 && !task->lies && task->stack_kind == REAL)
+      product_of_rows(task, j, least(across, task->last - j), workspace);
+    else
+      product_of_tiles(task, j, least(across, task->last - j), workspace);
+}
+
+/* y[b, n, j] = sums[b, n, j]: y [B, N, last - first] with strides yb, yn, 1, stored as y_kind. */
+void store_sums(product_task *task) {
+  const long N = task->N, runs = (N + RUN - 1) / RUN, span = task->last - task->first;
+  for (long part; (part = next(&task->parts)) < task->B * runs;) {
+    const long b = part / runs, n = part % runs * RUN;
+    for (long j = 0; j < span; j += NR)
+      for (long i = n; i < least(n + RUN, N); i++)
+        narrow(task->y, b * task->yb + i * task->yn + j, sums_at(task, j / NR, b) + i * NR, least(NR, span - j),
+               task->y_kind);
+  }
 }
 
 /* sums[t] += <o, s[t]> over a block: o [NR, NR] with rows OUTER_COLUMNS apart, s [NR, T1, NR] from some t on. */
@@ -434,7 +462,7 @@ INLINE void inner(const int count, long T1, const real *o, const real *s, vec *s
   vec low[5], high[5];
 #pragma GCC unroll 5
   for (int i = 0; i < count; i++) low[i] = high[i] = (vec){0};
-  for (long r = 0; r < NR; r++, o += OUTER_COLUMNS, s += T1 * NR) {
+  for (long r = 0; r < NR; r++, o += NR, s += T1 * NR) {
     const vec o0 = LOAD(o), o1 = LOAD(o + VL);
 #pragma GCC unroll 5
     for (int i = 0; i < count; i++) {
@@ -461,28 +489,27 @@ static void inner_products(long T1, const real *o, const real *s, vec *sums) {
   }
 }
 
-/* to[p][n][0:width] = from[n, p * width:(p + 1) * width] for N tokens, `pitch` apart, and as many p as hold the columns; padded
-   with zeros. */
-INLINE void gather_panels(real *to, const void *from, long at, long pitch, long N, long columns, const long width,
-                          int kind) {
+/* to[p][n][0:width] = from[n, p * width:(p + 1) * width] for N tokens, `pitch` apart, and `panels` panels; zeros beyond the
+   columns. */
+INLINE void gather_panels(real *to, const void *from, long at, long pitch, long N, long columns, long panels,
+                          const long width, int kind) {
   for (long n = 0; n < N; n++)
-    for (long p = 0; p * width < columns; p++) {
+    for (long p = 0; p < panels; p++) {
       real *here = to + (p * N + n) * width;
       const long begin = at + n * pitch + p * width, count = columns - p * width;
       if (count >= width) {
         widen(here, from, begin, width, kind);
       } else {
         memset(here, 0, width * sizeof(real));
-        widen(here, from, begin, count, kind);
+        if (count > 0) widen(here, from, begin, count, kind);
       }
     }
 }
 
-/* outer [rows, OUTER_COLUMNS] = dy^T x of one sample for columns of dy [N, OUTER_ROWS] and panels of x [panels, N, NR]. */
-static void outer_product(real *outer, const real *dy, const real *x, long rows, long panels, long N) {
-  if (rows < OUTER_ROWS) memset(outer, 0, OUTER_ROWS * OUTER_COLUMNS * sizeof(real));
-  for (long p = 0; p < panels; p++)
-    product(rows, N, dy, 1, OUTER_ROWS, x + p * N * NR, NR, outer + p * NR, OUTER_COLUMNS, 1);
+/* outer [panels, OUTER_ROWS, NR] = dy^T x of one sample for panels of dy [OUTER_ROWS / MR, N, MR] and of x [panels, N, NR]. */
+static void outer_product(real *outer, const real *dy, const real *x, long panels, long N) {
+  const real none[NR] = {0};
+  for (long p = 0; p < panels; p++, outer += OUTER_ROWS * NR, x += N * NR) product(OUTER_ROWS, N, dy, x, outer, none, 0);
 }
 
 typedef struct {
@@ -512,23 +539,24 @@ static void rows_dw(const dw_task *task, long first, long last, double *dw, real
   for (long b0 = 0; b0 < task->B; b0 += task->most, dw += task->most * T1) {
     const long samples = least(task->most, task->B - b0);
     for (long b = 0; b < samples; b++)
-      gather_panels(dy + b * part, task->dy, (b0 + b) * task->yb + first, task->yn, N, span, OUTER_ROWS, task->x_kind);
+      gather_panels(dy + b * part, task->dy, (b0 + b) * task->yb + first, task->yn, N, span, part / N / MR, MR, task->x_kind);
     for (long k = 0; k < K; k += OUTER_COLUMNS) {
       const long columns = least(OUTER_COLUMNS, K - k), wide = (columns + NR - 1) / NR;
       for (long b = 0; b < samples; b++)
-        gather_panels(x + b * N * OUTER_COLUMNS, task->x, (b0 + b) * task->xb + k, task->xn, N, columns, NR, task->x_kind);
+        gather_panels(x + b * N * OUTER_COLUMNS, task->x, (b0 + b) * task->xb + k, task->xn, N, columns, wide,
+                      NR, task->x_kind);
       for (long j = 0; j < span; j += OUTER_ROWS) {
         const long rows = least(OUTER_ROWS, span - j), high = (rows + NR - 1) / NR;
         gather_tile(s, task->stack, task->stack_kind, T1, J * K, K, (first + j) * K + k, rows, columns, 0);
         for (long b = 0; b < samples; b += GROUP) {
           const long count = least(GROUP, samples - b);
           for (long g = 0; g < count; g++)
-            outer_product(outer + g * tile, dy + (b + g) * part + j * N, x + (b + g) * N * OUTER_COLUMNS, rows, wide, N);
+            outer_product(outer + g * tile, dy + (b + g) * part + j * N, x + (b + g) * N * OUTER_COLUMNS, wide, N);
           memset(sums, 0, sizeof sums);
           for (long r = 0; r < high; r++)
             for (long c = 0; c < wide; c++)
               for (long g = 0; g < count; g++)
-                inner_products(T1, outer + g * tile + r * NR * OUTER_COLUMNS + c * NR, s + (r * wide + c) * NR * T1 * NR,
+                inner_products(T1, outer + g * tile + (c * OUTER_ROWS + r * NR) * NR, s + (r * wide + c) * NR * T1 * NR,
                                sums[g]);
           for (long g = 0; g < count; g++)
             for (long t = 0; t < T1; t++)
@@ -551,13 +579,13 @@ void merged_product_dw(dw_task *task) {
   }
 }
 
-/* What a caller must know: {NR, GROUP, LONG, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
+/* What a caller must know: {NR, GROUP, OUTER_ROWS, OUTER_COLUMNS, whether FLOAT16 is known} */
 void constants(long *out) {
 #ifdef __FLT16_MAX__
   const long known = 1;
 #else
   const long known = 0;
 #endif
-  const long values[] = {NR, GROUP, LONG, OUTER_ROWS, OUTER_COLUMNS, known};
+  const long values[] = {NR, GROUP, OUTER_ROWS, OUTER_COLUMNS, known};
   memcpy(out, values, sizeof values);
 }

@@ -14,10 +14,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 from typing import Any, ClassVar
 
 import torch
@@ -29,12 +29,13 @@ KINDS = {torch.bfloat16: 1, torch.float16: 2}
 """Numbers of what native.c calls a kind; 0 is the dtype it computes with."""
 TILE_BYTES = 768 << 10
 """What the tile of the stack and the weights merged from it may take."""
-SUMS_BYTES = 6 << 20
-"""What the sums of the samples under way may take, and what is used of their x at once."""
-ALL_SUMS_BYTES = 16 << 20
-"""What each of the two may take in all threads."""
-TILES = {False: (1, 768), True: (8, 64)}
-"""Panels and greatest depth of a tile: long where rows of the stack run along the sums, wide where they lie across."""
+TILES = {False: (1, 256, 768), True: (8, 64, 64)}
+"""Panels of a tile, how many of its rows are added up at once, and how many it has at most: long where rows of the
+stack run along the sums, wide where they lie across."""
+GRADIENT_BYTES = 6 << 20
+"""What the samples under way may take in a thread where the gradient of the routing weights is computed."""
+ALL_GRADIENT_BYTES = 16 << 20
+"""The same in all threads."""
 
 
 class NativeError(Exception):
@@ -45,10 +46,10 @@ class _ProductTask(ctypes.Structure):
     """`product_task` of native.c."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_void_p) for name in ("x", "stack", "w", "bias", "y", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("x", "stack", "w", "bias", "y", "packed", "sums", "workspace")),
         *((name, ctypes.c_long) for name in (
-            "xb", "xn", "x_kind", "stack_kind", "T1", "J", "K", "lies", "yb", "yn", "B", "N",
-            "first", "last", "across", "panels", "depth", "most", "room", "threads", "parts",
+            "B", "N", "K", "T1", "xb", "xn", "x_kind", "size", "pitch", "stack_kind", "lies", "yb", "yn", "y_kind",
+            "bt", "first", "last", "panels", "depth", "reach", "adds", "room", "threads", "parts",
         )),
     ]  # fmt: skip
 
@@ -74,17 +75,21 @@ class Library:
     columns: int
     """NR: columns of a panel."""
     group: int
-    long: int
-    """Numbers of a row that are used at once for a sample by itself."""
     outer: tuple[int, int]
     """Rows and columns of a tile of outer products."""
     float16: bool
 
-    def tile(self, experts: int, lies: bool) -> tuple[int, int]:
-        """(panels, depth) of a tile of 1+T ``experts``."""
-        panels, deepest = TILES[lies]
+    def tile(self, experts: int, lies: bool, K: int) -> tuple[int, int, int]:
+        """(panels, depth, reach) of a tile of 1+T ``experts``, as ``merged_product`` of native.c wants them.
+
+        The depth is a power of two times ``columns``, at most 256, and depends on the experts alone.
+        """
+        panels, depth, highest = TILES[lies]
         number = panels * self.columns * (experts + self.group) * self.real.itemsize
-        return panels, max(1, min(deepest, TILE_BYTES // number) // self.columns) * self.columns
+        fits = max(1, TILE_BYTES // number // self.columns)
+        depth = min(depth, self.columns << fits.bit_length() - 1)
+        highest = min(highest, fits * self.columns) // depth * depth
+        return panels, depth, _steps(K, -(-K // highest), depth)
 
 
 def why_not(x: torch.dtype, stack: torch.dtype) -> str | None:
@@ -110,51 +115,95 @@ def library(real: torch.dtype) -> Library:
     return found
 
 
-def merged_product(
-    x: Tensor,
-    stack: Tensor,
-    coefficient: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    span: slice,
-    *,
-    lies: bool = False,
-    most: int | None = None,
-    threads: int = 1,
-) -> None:
-    """y_b[:, span] = x_b W_b^T + w_b bias with W_b = sum_t w_bt S_t; x_b W_b + w_b bias where ``lies``.
+class _Memory(threading.local):
+    """What products work in, kept by each thread for the next: fresh pages cost more than what is written to them."""
 
-    x [B, N, K] and y [B, N, J] of one dtype, neighbours of a row side by side; stack [1+T, J, K] ([1+T, K, J] where
-    ``lies``), contiguous; coefficient [B, 1+T] and bias [1+T, J] in the dtype that is computed with, contiguous.
-    A part is at most ``most`` columns.
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, role: str, numbers: int, dtype: torch.dtype) -> Tensor:
+        """So many numbers, not initialised: the same memory each time for a role."""
+        kept = self._kept.get((role, dtype))
+        if kept is None or kept.numel() < numbers:
+            self._kept.pop((role, dtype), None)
+            with torch.inference_mode(False):
+                kept = self._kept[role, dtype] = torch.empty(numbers, dtype=dtype)
+        return kept[:numbers]
+
+
+_memory = _Memory()
+
+
+class Packed:
+    """Tokens [B, N, K] packed for products with a stack of 1+T ``experts``: sums, or x with its last dimension dense.
+
+    Of each ``role`` there is one at a time in a thread: the next takes its memory.
     """
-    found = library(coefficient.dtype)
-    B, N, K = x.shape
-    experts, J, here = stack.shape[0], y.shape[2], span.stop - span.start
-    panels, depth = found.tile(experts, lies)
-    depth = min(depth, _steps(K, 1, found.columns))
-    width, columns = panels * found.columns, min(most or J, here)
-    sums = min(SUMS_BYTES, ALL_SUMS_BYTES // threads) // coefficient.element_size()
-    alone = B == 1 and not lies and stack.dtype == found.real
-    step = max(1, sums // max(width, found.long if alone else depth))
-    for first in range(0, N, step):
-        tokens = min(step, N - first)
-        # Sums for as many columns as make reading x for each of them and the stack for each `samples` cost the same,
-        # but parts of one size for every thread, and as many samples each time.
-        across = min(columns, max((sums / experts) ** 0.5, sums / (B * tokens)))
-        parts = max(threads * max(1, round(here / across / threads)), -(-here // columns))
-        across = _steps(here, parts, width)
-        samples = _even(B, sums // (tokens * max(across, depth)))
-        room = found.functions.product_room(*map(_long, (experts, tokens, across, panels, depth, samples)))
-        workspace = coefficient.new_empty(threads * room)
-        task = _ProductTask(
-            x=_at(x, first), stack=_at(stack), w=_at(coefficient), bias=_at(bias), y=_at(y, first),
-            workspace=_at(workspace), xb=x.stride(0), xn=x.stride(1), x_kind=_kind(x, found),
-            stack_kind=_kind(stack, found), T1=experts, J=J, K=K, lies=lies, yb=y.stride(0), yn=y.stride(1),
-            B=B, N=tokens, first=span.start, last=span.stop, across=across, panels=panels, depth=depth,
-            most=samples, room=room,
+
+    def __init__(
+        self,
+        x: Tensor | Sums,
+        real: torch.dtype,
+        experts: int,
+        *,
+        lies: bool = False,
+        threads: int = 1,
+        role: str = "packed",
+    ) -> None:
+        found = library(real)
+        self.shape, self.lies = x.shape, lies
+        B, N, K = x.shape
+        self.tile = found.tile(experts, lies, K)
+        self.numbers = _memory.take(role, B * N * K, real)
+        task = _ProductTask(packed=_at(self.numbers), B=B, N=N, K=K, depth=self.tile[1])
+        if isinstance(x, Sums):
+            task.sums = _at(x.numbers)
+        else:
+            task.x, task.xb, task.xn, task.x_kind = _at(x), x.stride(0), x.stride(1), _kind(x, found)
+        _together(found.functions.pack_tokens, task, threads)
+
+
+class Sums:
+    """Columns ``span`` of the merged products of B samples of N tokens, added up in the dtype of the coefficients.
+
+    coefficient [B, 1+T], contiguous. Of each ``role`` there are some at a time in a thread: the next take their memory.
+    ``numbers``, in an order of their own and padded with zeros, may be changed one by one.
+    """
+
+    def __init__(self, coefficient: Tensor, tokens: int, span: slice, *, threads: int = 1, role: str = "sums") -> None:
+        found = self._found = library(coefficient.dtype)
+        self._coefficient, self._span, self._threads, self._adds = coefficient, span, threads, False
+        self.shape = (coefficient.shape[0], tokens, span.stop - span.start)
+        columns = _steps(self.shape[2], 1, found.columns)
+        self.numbers = _memory.take(role, self.shape[0] * tokens * columns, found.real)
+
+    def add(self, x: Packed, stack: Tensor, bias: Tensor | None = None) -> None:
+        """x_b W_b^T with W_b = sum_t w_bt S_t, x_b W_b where x was packed for a stack that ``lies``.
+
+        stack [1+T, J, K], or [1+T, K, J], the last dimension side by side. The first product brings w_b bias with it,
+        bias [1+T, J]. The order in which numbers are added up is that of one product where all x but the last are
+        multiples of 256 long.
+        """
+        found, (panels, depth, reach), experts = self._found, x.tile, stack.shape[0]
+        room = found.functions.product_room(_long(experts), _long(panels), _long(reach))
+        workspace = _memory.take("tiles", self._threads * room, found.real)
+        task = self._task(
+            stack=_at(stack), packed=_at(x.numbers), workspace=_at(workspace), w=_at(self._coefficient), bias=_at(bias),
+            bt=0 if bias is None else bias.stride(0), K=x.shape[2], T1=experts, size=stack.stride(0),
+            pitch=stack.stride(1), stack_kind=_kind(stack, found), lies=x.lies, panels=panels, depth=depth,
+            reach=reach, adds=self._adds, room=room,
         )  # fmt: skip
-        _together(found.functions.merged_product, task, threads)
+        _together(found.functions.merged_product, task, self._threads)
+        self._adds = True
+
+    def store(self, y: Tensor) -> None:
+        """y [B, N, columns of the span] = sums: the last dimension of y side by side."""
+        task = self._task(y=_at(y), yb=y.stride(0), yn=y.stride(1), y_kind=_kind(y, self._found))
+        _together(self._found.functions.store_sums, task, self._threads)
+
+    def _task(self, **fields: int | None) -> _ProductTask:
+        B, N, _ = self.shape
+        return _ProductTask(sums=_at(self.numbers), B=B, N=N, first=self._span.start, last=self._span.stop, **fields)
 
 
 def merged_product_dw(
@@ -172,15 +221,15 @@ def merged_product_dw(
     dw = x.new_empty(-(-(span.stop - span.start) // across), B, experts, dtype=torch.float64)
     rows, columns = found.outer
     token = (_steps(across, 1, rows) + columns) * real.itemsize
-    step = max(1, min(SUMS_BYTES, ALL_SUMS_BYTES // threads) // token)
+    step = max(1, min(GRADIENT_BYTES, ALL_GRADIENT_BYTES // threads) // token)
     whole = torch.zeros_like(dw[0])
     for first in range(0, N, step):
         here = min(step, N - first)
-        samples = _even(B, step // here)
+        samples = even(B, step // here)
         room = found.functions.dw_room(*map(_long, (experts, here, across, samples)))
-        workspace = x.new_empty(threads * room, dtype=real)
+        workspace = _memory.take("gradient", threads * room, real)
         task = _DwTask(
-            dy=_at(dy, first), x=_at(x, first), stack=_at(stack), dw=_at(dw), workspace=_at(workspace),
+            dy=_at(dy[:, first:]), x=_at(x[:, first:]), stack=_at(stack), dw=_at(dw), workspace=_at(workspace),
             yb=dy.stride(0), yn=dy.stride(1), xb=x.stride(0), xn=x.stride(1), x_kind=_kind(x, found),
             stack_kind=_kind(stack, found), T1=experts, J=J, K=K, B=B, N=here, first=span.start, last=span.stop,
             across=across, most=samples, room=room,
@@ -198,8 +247,8 @@ def _steps(whole: int, parts: int, multiple: int) -> int:
     return -(-whole // (parts * multiple)) * multiple
 
 
-def _even(whole: int, most: int) -> int:
-    """The size of equal parts that are no larger, at least 1."""
+def even(whole: int, most: int) -> int:
+    """The size of equal parts that are no larger than ``most``, at least 1."""
     return -(-whole // -(-whole // max(1, min(whole, most))))
 
 
@@ -209,7 +258,7 @@ def _together(function: Any, task: ctypes.Structure, threads: int) -> None:
     if threads > 1 and team is not None:
         team(function, ctypes.byref(task), ctypes.c_uint(threads), ctypes.c_uint(0))
         return
-    others = [Thread(target=function, args=(ctypes.byref(task),)) for _ in range(threads - 1)]
+    others = [threading.Thread(target=function, args=(ctypes.byref(task),)) for _ in range(threads - 1)]
     for thread in others:
         thread.start()
     function(ctypes.byref(task))
@@ -228,9 +277,8 @@ def _team() -> Any:
     return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
 
 
-def _at(tensor: Tensor | None, token: int = 0) -> int | None:
-    """Where a tensor [B, N, ...] begins, from some token on."""
-    return None if tensor is None else tensor.data_ptr() + (token and token * tensor.stride(1) * tensor.element_size())
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _kind(tensor: Tensor, found: Library) -> int:
@@ -247,10 +295,10 @@ def _library(real: torch.dtype) -> Library | str:
         return f"the compiled kernels cannot be loaded: {error}"
     for name in ("product_room", "dw_room"):
         getattr(functions, name).restype = ctypes.c_long
-    constants = (ctypes.c_long * 6)()
+    constants = (ctypes.c_long * 5)()
     functions.constants(constants)
-    columns, group, long, *outer, float16 = constants
-    return Library(functions, real, columns, group, long, (outer[0], outer[1]), bool(float16))
+    columns, group, *outer, float16 = constants
+    return Library(functions, real, columns, group, (outer[0], outer[1]), bool(float16))
 
 
 def _compiled(real: torch.dtype) -> Path:

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU kernels are interpreted
 
 from wemoe_fast import chunked, factored, plan, reference, token_mean
+from wemoe_fast.kernels import native
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +52,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+class _Poisoned(native._Memory):
+    def take(self, role: str, numbers: int, dtype: torch.dtype) -> Tensor:
+        return super().take(role, numbers, dtype).fill_(torch.nan)
+
+
 @pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element nobody writes shows."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory, and what the CPU kernels keep, holds NaN, so that an element nobody writes shows."""
     torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(native, "_memory", _Poisoned())
     try:
         fresh = torch.empty(3), torch.zeros(3).new_empty(3), torch.empty_like(torch.zeros(3))
         assert all(t.isnan().all() for t in fresh)

@@ -8,7 +8,7 @@ import torch
 from conftest import relative_rms
 from torch import nn
 
-from wemoe_fast import FastWEMoEMLP, reference
+from wemoe_fast import FastWEMoEMLP, ops, reference
 from wemoe_fast.activations import ACTIVATIONS, lookup
 from wemoe_fast.errors import InputError
 from wemoe_fast.normalization import Normalization
@@ -260,11 +260,33 @@ def test_strategy_is_an_attribute(strategy, monkeypatch):
     layer = layer_of()
     layer.strategy = strategy
     asked = []
-    original = type(layer.up).forward
-    monkeypatch.setattr(type(layer.up), "forward", lambda self, *a: asked.append(a[3]) or original(self, *a))
+    original = ops.merged_mlp
+    monkeypatch.setattr(ops, "merged_mlp", lambda *a, **k: asked.append(a[6]) or original(*a, **k))
     x = torch.randn(5, 20, 13, dtype=torch.float64)
     assert relative_rms(layer(x), composed(layer, x)) <= EXACT
-    assert asked == [strategy] * 2
+    assert asked == [strategy]
+
+
+@pytest.mark.parametrize("make", [plain_mlp, lambda: GatedMLP(13, 21)], ids=["plain", "gated"])
+@pytest.mark.parametrize("part", ["up", "down"])
+def test_whoever_waits_for_a_part_of_it_is_called(part, make):
+    """Hooks, and a forward that somebody has put in the place of the part's own, as offloading does."""
+    layer, x, calls = layer_of(make), torch.randn(5, 20, 13, dtype=torch.float64), []
+    expected = layer(x)
+    module = getattr(layer, part)
+    if part == "up" and layer.gate is not None:
+        module = layer.gate
+    for wait in (
+        lambda: module.register_forward_hook(lambda *_: calls.append("after")),
+        lambda: module.register_forward_pre_hook(lambda *_: calls.append("before")),
+    ):
+        handle = wait()
+        assert torch.equal(layer(x), expected)
+        handle.remove()
+    original = module.forward
+    module.forward = lambda *a, **k: calls.append("instead") or original(*a, **k)
+    assert torch.equal(layer(x), expected)
+    assert calls == ["after", "before", "instead"]
 
 
 @pytest.mark.parametrize("batch_reduce", [False, True])

@@ -53,17 +53,27 @@ def operands(B, N, K, J, T, stored=torch.float32, real=torch.float32):
     )
 
 
+def product(x, stack, w, bias, y, lies=False, threads=1, pieces=()):
+    """y_b = x_b W_b^T + w_b bias, or x_b W_b; x and stack in as many pieces as there are places to cut them."""
+    sums = native.Sums(w, x.shape[1], slice(0, y.shape[2]), threads=threads)
+    ends = (0, *pieces, x.shape[2])
+    for a, b in itertools.pairwise(ends):
+        part = stack[:, a:b] if lies else stack[:, :, a:b]
+        sums.add(native.Packed(x[:, :, a:b], w.dtype, stack.shape[0], lies=lies, threads=threads), part, bias)
+    sums.store(y)
+
+
 def assert_exact(x, dy, stack, w, bias):
     """Every kernel against float64, to the rounding of the result."""
     real, stored = w.dtype, x.dtype
     exact = EXACT[real] if stored == real else torch.finfo(stored).eps
     weight = torch.einsum("bt,thd->bhd", w.double(), stack.double())
     y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
-    native.merged_product(x, stack, w, bias, y, slice(0, y.shape[2]))
+    product(x, stack, w, bias, y)
     assert relative_rms(y, x.double() @ weight.mT + (w.double() @ bias.double())[:, None]) <= exact
-    native.merged_product(x, stack, w, None, y, slice(0, y.shape[2]))
+    product(x, stack, w, None, y)
     assert relative_rms(y, x.double() @ weight.mT) <= exact
-    native.merged_product(dy, stack, w, None, dx, slice(0, dx.shape[2]), lies=True)
+    product(dy, stack, w, None, dx, lies=True)
     assert relative_rms(dx, dy.double() @ weight) <= exact
     dw = native.merged_product_dw(dy, x, stack, real, slice(0, dy.shape[2]))
     assert dw.dtype == torch.float64
@@ -86,10 +96,10 @@ def test_a_stack_of_another_dtype_than_x(dtype):
     x, dy, stack, w, bias = operands(3, 7, 33, 50, 3)
     weight = torch.einsum("bt,thd->bhd", w.double(), stack.double())
     y = dy.to(dtype)
-    native.merged_product(x.to(dtype), stack, w, bias, y, slice(0, 50))
+    product(x.to(dtype), stack, w, bias, y)
     expected = x.to(dtype).double() @ weight.mT + (w.double() @ bias.double())[:, None]
     assert relative_rms(y, expected) <= torch.finfo(dtype).eps
-    native.merged_product(x, stack.to(dtype), w, bias, dy, slice(0, 50))
+    product(x, stack.to(dtype), w, bias, dy)
     weight = torch.einsum("bt,thd->bhd", w.double(), stack.to(dtype).double())
     assert relative_rms(dy, x.double() @ weight.mT + (w.double() @ bias.double())[:, None]) <= EXACT[torch.float32]
 
@@ -101,36 +111,52 @@ def test_results_are_rounded_as_pytorch_rounds(dtype):
     numbers = torch.tensor([[*ties, 65519.0, 65520.0, 3.4e38, torch.inf, torch.nan, 1e-7, -0.0]])
     x, y = torch.zeros(1, 1, 3, dtype=dtype), torch.empty(1, 1, numbers.shape[1], dtype=dtype)
     stack = torch.zeros(1, numbers.shape[1], 3, dtype=dtype)
-    native.merged_product(x, stack, torch.ones(1, 1), numbers, y, slice(0, numbers.shape[1]))
+    product(x, stack, torch.ones(1, 1), numbers, y)
     expected = numbers.to(dtype)
     assert torch.equal(y[0].isnan(), expected.isnan())
     assert torch.equal(y[0].nan_to_num(7), expected.nan_to_num(7))
 
 
-def test_a_span_is_all_that_is_written():
-    x, dy, stack, w, bias = operands(3, 7, 33, 150, 3)
-    whole, part = torch.empty_like(dy), torch.full_like(dy, 7.0)
-    native.merged_product(x, stack, w, bias, whole, slice(0, 150))
-    native.merged_product(x, stack, w, bias, part, slice(32, 101))
-    assert torch.equal(part[:, :, 32:101], whole[:, :, 32:101])
-    assert (part[:, :, :32] == 7).all()
-    assert (part[:, :, 101:] == 7).all()
-    dx, part = torch.empty_like(x), torch.full_like(x, 7.0)
-    native.merged_product(dy, stack, w, None, dx, slice(0, 33), lies=True)
-    native.merged_product(dy, stack, w, None, part, slice(16, 20), lies=True)
-    assert torch.equal(part[:, :, 16:20], dx[:, :, 16:20])
-    assert (part[:, :, :16] == 7).all()
-    assert (part[:, :, 20:] == 7).all()
+@pytest.mark.parametrize("real", EXACT, ids=str)
+def test_some_columns_are_the_same_as_in_the_whole(real):
+    x, dy, stack, w, bias = operands(3, 7, 33, 150, 3, real, real)
+    for tokens, J, shift, lies in ((x, 150, bias, False), (dy, 33, None, True)):
+        whole = x.new_empty(3, 7, J)
+        product(tokens, stack, w, shift, whole, lies)
+        for columns in (slice(0, 16), slice(5, 21), slice(16, J), slice(J - 1, J)):
+            sums = native.Sums(w, 7, columns)
+            sums.add(native.Packed(tokens, real, 4, lies=lies), stack, shift)
+            part = whole.new_full((3, 7, J), 7.0)
+            sums.store(part[:, :, columns])
+            assert torch.equal(part[:, :, columns], whole[:, :, columns])
+            assert (part[:, :, : columns.start] == 7).all()
+            assert (part[:, :, columns.stop :] == 7).all()
+
+
+def test_the_gradients_of_some_columns_add_up():
+    x, dy, stack, _, _ = operands(3, 7, 33, 150, 3)
     parts = [native.merged_product_dw(dy, x, stack, torch.float32, slice(a, b)) for a, b in ((0, 40), (40, 150))]
     assert relative_rms(sum(parts), native.merged_product_dw(dy, x, stack, torch.float32, slice(0, 150))) < 1e-6
+
+
+@pytest.mark.parametrize("B", [1, 3, 11])
+@pytest.mark.parametrize("T", [2, 8, 60])
+def test_added_up_in_pieces(B, T):
+    """The same bits, and y is not read."""
+    x, dy, stack, w, bias = operands(B, 7, 800, 520, T)
+    for tokens, like, shift, lies in ((x, dy, bias, False), (dy, x, None, True)):
+        whole, pieces = torch.full_like(like, torch.nan), torch.full_like(like, torch.nan)
+        product(tokens, stack, w, shift, whole, lies)
+        product(tokens, stack, w, shift, pieces, lies, pieces=(256, 512) if lies else (256, 768))
+        assert torch.equal(pieces, whole)
 
 
 def test_strided_operands():
     x, dy, stack, w, bias = operands(5, 9, 24, 40, 3)
     y, strided = torch.empty_like(dy), torch.zeros(9, 5, 2, 40)
-    native.merged_product(x, stack, w, bias, y, slice(0, 40))
+    product(x, stack, w, bias, y)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    native.merged_product(turned, stack, w, bias, strided[:, :, 1].transpose(0, 1), slice(0, 40))
+    product(turned, stack, w, bias, strided[:, :, 1].transpose(0, 1))
     assert torch.equal(strided[:, :, 1].transpose(0, 1), y)
     assert not strided[:, :, 0].any()
 
@@ -148,28 +174,34 @@ def test_gradients_of_more_tokens_than_are_under_way_at_once(tokens, monkeypatch
     """Some tokens of one sample at a time, or some samples."""
     rows, columns = native.library(torch.float32).outer
     x, dy, stack, w, bias = operands(7, 70, 24, 40, 3)
-    monkeypatch.setattr(native, "SUMS_BYTES", tokens * (rows + columns) * 4)
+    monkeypatch.setattr(native, "GRADIENT_BYTES", tokens * (rows + columns) * 4)
     assert_exact(x, dy, stack, w, bias)
 
 
-def test_more_tokens_than_are_under_way_at_once(monkeypatch):
-    x, dy, stack, w, bias = operands(3, 70, 24, 40, 3)
-    whole, pieces = torch.empty_like(dy), torch.empty_like(dy)
-    native.merged_product(x, stack, w, bias, whole, slice(0, 40))
-    for tokens in (1, 33, 70, 150, 220):
-        monkeypatch.setattr(native, "SUMS_BYTES", tokens * 32 * 4)  # 24 numbers of x, in panels of 16 or 32
-        native.merged_product(x, stack, w, bias, pieces.fill_(torch.nan), slice(0, 40))
-        assert torch.equal(pieces, whole)
+@pytest.mark.parametrize("share", [1, 60_000, 300_000, 1_000_000])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_no_more_room_than_there_is(share, dtype, monkeypatch):
+    """Samples, tokens, columns and numbers in pieces: the same bits."""
+    inputs = merged_inputs(5, 30, 3, d=800, h=1100, dtype=dtype)
+    dy = torch.randn(5, 30, 1100).to(dtype)
+    wanted = [inputs[name] for name in ("x", "routing_weights")]
+    found = []
+    for bytes_each in (native_strategy.SHARE, share):
+        monkeypatch.setattr(native_strategy, "SHARE", bytes_each)
+        y = merged_linear(**inputs, strategy="native")
+        found.append((y, torch.autograd.grad(y, wanted, dy)[0]))
+    for whole, pieces in zip(*found, strict=True):
+        assert torch.equal(whole, pieces)
 
 
 @pytest.mark.parametrize("size", [1 << 14, 1 << 16, 1 << 20])
 def test_tiles_of_any_size_give_the_same(size, monkeypatch):
     monkeypatch.setattr(native, "TILE_BYTES", size)
     for T, lies in itertools.product((0, 8, 200), (True, False)):
-        panels, depth = native.library(torch.float32).tile(1 + T, lies)
+        panels, depth, reach = native.library(torch.float32).tile(1 + T, lies, 3072)
         assert panels >= 1
-        assert depth % native.library(torch.float32).columns == 0
-        assert depth > 0
+        assert depth >= native.library(torch.float32).columns
+        assert 256 % depth == reach % depth == 0
     assert_exact(*operands(2, 7, 300, 150, 20))
 
 
@@ -205,12 +237,12 @@ def test_threads_share_out_the_parts(B, team, monkeypatch):
         pytest.skip("PyTorch's threads are not within reach here")
     x, dy, stack, w, bias = operands(B, 20, 300, 500, 3)
     alone, alone_dx = torch.empty_like(dy), torch.empty_like(x)
-    native.merged_product(x, stack, w, bias, alone, slice(0, 500))
-    native.merged_product(dy, stack, w, None, alone_dx, slice(0, 300), lies=True)
+    product(x, stack, w, bias, alone)
+    product(dy, stack, w, None, alone_dx, lies=True)
     for threads, most in ((2, 32), (3, 500), (4, 96)):
         y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
-        native.merged_product(x, stack, w, bias, y, slice(0, 500), most=most, threads=threads)
-        native.merged_product(dy, stack, w, None, dx, slice(0, 300), lies=True, most=most, threads=threads)
+        product(x, stack, w, bias, y, threads=threads)
+        product(dy, stack, w, None, dx, lies=True, threads=threads)
         assert torch.equal(y, alone)
         assert torch.equal(dx, alone_dx)
         dw = [
@@ -238,8 +270,8 @@ def test_one_sample_by_itself_is_merged_as_in_a_batch(K):
     """The same bits, along rows shorter and longer than what is merged at once."""
     x, dy, stack, w, bias = operands(2, 70, K, 50, 8)
     both, first = torch.empty_like(dy), torch.empty_like(dy[:1])
-    native.merged_product(x, stack, w, bias, both, slice(0, 50))
-    native.merged_product(x[:1], stack, w[:1], bias, first, slice(0, 50))
+    product(x, stack, w, bias, both)
+    product(x[:1], stack, w[:1], bias, first)
     assert torch.equal(first[0], both[0])
 
 
@@ -247,7 +279,6 @@ def test_one_sample_by_itself_is_merged_as_in_a_batch(K):
 @pytest.mark.parametrize("size", [1, 1 << 12, 1 << 20])
 def test_activated_in_pieces_or_as_a_whole(activation, size, monkeypatch):
     monkeypatch.setattr(native_strategy, "ACTIVATED_BYTES", size)
-    monkeypatch.setattr(native_strategy, "tokens_in_a_quarter", lambda *_: 3)
     monkeypatch.setattr(plan, "NATIVE_ROWS", 32)
     inputs = merged_inputs(3, 10, 2, d=20, h=150)
     with torch.no_grad():
@@ -269,8 +300,8 @@ def test_not_finite_numbers_stay_with_their_token():
     x, dy, stack, w, bias = operands(2, 7, 33, 50, 3)
     x[1, 2] = dy[1, 2] = torch.inf
     y, dx = torch.empty_like(dy), torch.empty_like(x)
-    native.merged_product(x, stack, w, bias, y, slice(0, 50))
-    native.merged_product(dy, stack, w, None, dx, slice(0, 33), lies=True)
+    product(x, stack, w, bias, y)
+    product(dy, stack, w, None, dx, lies=True)
     for found in (y, dx):
         finite = found.isfinite()
         assert not finite[1, 2].any()
@@ -283,7 +314,8 @@ def test_auto_takes_them_and_says_so():
     assert chosen.strategy == "native"
     assert "in cache" in chosen.reason
     alone = plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"][:1])
-    assert alone.strategy == "shared"
+    assert alone.strategy == "native"
+    assert "one merged weight" in alone.reason
 
 
 def test_many_single_tokens_are_left_to_products_with_every_task_vector():
@@ -297,16 +329,23 @@ def test_many_single_tokens_are_left_to_products_with_every_task_vector():
         assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == strategy
 
 
-def test_many_tokens_in_float32_are_left_to_larger_products():
-    for dtype, strategy in ((torch.float32, "chunked"), (torch.bfloat16, "native")):
-        inputs = merged_inputs(2, plan.NATIVE_TOKENS, 8, dtype=dtype)
-        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"]).strategy == strategy
-
-
-def test_one_weight_for_a_batch_is_left_to_shared_and_for_a_sample_is_not():
-    for B, N, strategy in ((1, 1, "native"), (1, plan.NATIVE_TOKENS_ALONE, "shared"), (2, 1, "shared")):
-        inputs = merged_inputs(B, N, 8)
-        assert plan.choose(inputs["x"], inputs["stack"], inputs["routing_weights"][:1]).strategy == strategy
+def test_one_weight_for_a_batch_is_merged_once(monkeypatch):
+    """As for one sample that has all tokens; as a whole MLP and by itself, and its gradients."""
+    inputs = merged_inputs(5, 30, 3, d=40, h=50)
+    inputs["routing_weights"] = inputs["routing_weights"].detach()[:1].requires_grad_()
+    seen = []
+    monkeypatch.setattr(native.Sums, "__init__", lambda self, w, *a, init=native.Sums.__init__, **k: (
+        seen.append(w.shape[0]), init(self, w, *a, **k)
+    )[1])  # fmt: skip
+    wanted = [inputs[name] for name in ("x", "routing_weights")]
+    found = []
+    for strategy in ("native", "reference"):
+        y = merged_linear(**inputs, strategy=strategy)
+        found.append((y, *torch.autograd.grad(y, wanted, torch.ones_like(y))))
+    for ours, expected in zip(*found, strict=True):
+        assert ours.shape == expected.shape
+        assert relative_rms(ours, expected) <= 2e-6
+    assert set(seen) == {1}
 
 
 def test_16_bit_products_are_left_to_processors_that_have_them(monkeypatch):

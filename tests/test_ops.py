@@ -21,16 +21,17 @@ from conftest import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wemoe_fast import chunked, factored, merged_linear, operators, plan, reference, route
+from wemoe_fast import chunked, factored, merged_linear, native, operators, ops, plan, reference, route
 from wemoe_fast.activations import ACTIVATIONS, lookup
 from wemoe_fast.errors import InputError
 from wemoe_fast.normalization import Normalization
-from wemoe_fast.ops import RouterParameters
+from wemoe_fast.ops import RouterParameters, merged_mlp
 from wemoe_fast.slabs import blocks
 
 STRATEGIES = ("reference", "shared", "chunked", "native", "factored", "auto")
 FAST = ("shared", "chunked", "factored")
 EXACT = 1e-12
+MEGABYTE = 1 << 20
 # (B, N, T): more samples than a group of the plan, more experts than a group, no samples, one token.
 SHAPES = [(0, 3, 3), (1, 1, 3), (5, 50, 3), (33, 3, 20), (33, 1, 1), (5, 257, 3), (2, 20, 20)]
 LOW = (torch.bfloat16, torch.float16)
@@ -123,6 +124,120 @@ def test_gradients_of_gradients_are_refused_and_not_wrong():
     (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(dx.square().sum(), inputs["x"])
+
+
+# --- merged_mlp ---
+
+
+def mlp_inputs(B, N, T, *, gated=False, bias=True, rows=None, dtype=torch.float64, d=13, h=70, out=9):
+    """Arguments of merged_mlp."""
+    first = merged_inputs(B, N, T, d=d, h=h, bias=bias, rows=rows, dtype=dtype)
+    gate = merged_inputs(B, N, T, d=d, h=h, bias=bias, dtype=dtype) if gated else None
+    down = merged_inputs(B, N, T, d=h, h=out, bias=bias, dtype=dtype)
+
+    def linear(inputs):
+        return inputs["stack"], inputs.get("bias")
+
+    inputs = {"x": first["x"], "up": linear(first), "down": linear(down), "gate": gate and linear(gate)}
+    return {**inputs, "routing_weights": first["routing_weights"]}
+
+
+def composed_mlp(x, up, down, routing_weights, gate=None, activation=None, dtype=torch.float64):
+    """merged_mlp out of the reference's linears."""
+
+    def linear(x, linear, activation=None):
+        stack, bias = (None if t is None else t.detach().to(dtype) for t in linear)
+        return reference.merged_linear(x, stack, routing_weights.detach().to(dtype), bias, activation)
+
+    x = x.detach().to(dtype)
+    hidden = linear(x, up, activation) if gate is None else linear(x, gate, activation) * linear(x, up)
+    return linear(hidden, down)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_merged_mlp_is_the_reference_in_float64(strategy, gated, bias, shape, poisoned):
+    B, N, T = shape
+    inputs = mlp_inputs(B, N, T, gated=gated, bias=bias, rows=rows_for(strategy, B))
+    with torch.no_grad():
+        y = merged_mlp(**inputs, activation="gelu", strategy=strategy)
+    learning = merged_mlp(**inputs, activation="gelu", strategy=strategy)
+    assert y.shape == (B, N, 9)
+    if B:
+        expected = composed_mlp(**inputs, activation="gelu")
+        assert relative_rms(y, expected) <= EXACT
+        assert relative_rms(learning, expected) <= EXACT
+        assert learning.requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_merged_mlp_in_pieces_is_the_same_to_the_bit(rows, monkeypatch):
+    """And what each of its linears gives."""
+    inputs = mlp_inputs(5, 50, 3, gated=True, rows=rows, dtype=torch.float32, d=40, h=900, out=300)
+    monkeypatch.setattr(plan, "WORTH_SHARING", 0)
+    found = []
+    with torch.no_grad():
+        for share in (native.SHARE, 1, 300_000):
+            monkeypatch.setattr(native, "SHARE", share)
+            found.append(merged_mlp(**inputs, activation="silu", strategy="native"))
+        hidden = ops.merged_gated_linear(
+            inputs["x"], inputs["gate"][0], inputs["up"][0], inputs["routing_weights"], inputs["gate"][1],
+            inputs["up"][1], "silu", "native",
+        )  # fmt: skip
+        found.append(merged_linear(hidden, inputs["down"][0], inputs["routing_weights"], inputs["down"][1]))
+    for y in found[1:]:
+        assert torch.equal(y, found[0])
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+def test_merged_mlp_is_no_worse_than_the_plain_formula(dtype, activation):
+    inputs = mlp_inputs(4, 50, 3, dtype=dtype)
+    with torch.no_grad():
+        y = merged_mlp(**inputs, activation=activation)
+        plain = composed_mlp(**inputs, activation=activation, dtype=dtype)
+    assert y.dtype == dtype
+    assert_no_worse({"y": y}, {"y": composed_mlp(**inputs, activation=activation)}, {"y": plain})
+
+
+def test_merged_mlp_refuses_everything_that_does_not_fit():
+    inputs = mlp_inputs(4, 5, 3)
+    inputs["up"] = inputs["up"][0], inputs["up"][1][:, :-1]
+    inputs["routing_weights"] = inputs["routing_weights"][:, :2]
+    with torch.no_grad(), pytest.raises(InputError, match=r"(?s)merged_mlp.*routing_weights: .*up bias: ") as first:
+        merged_mlp(**inputs)
+    assert "down" not in str(first.value)
+    inputs = mlp_inputs(4, 5, 3)
+    inputs["down"] = inputs["down"][0][:, :, 1:], inputs["down"][1][:2]
+    with torch.no_grad(), pytest.raises(InputError, match=r"(?s)merged_mlp.*down stack: .*70.*down bias: "):
+        merged_mlp(**inputs)
+
+
+def test_merged_mlp_under_autocast():
+    inputs = mlp_inputs(4, 50, 3, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = merged_mlp(**inputs, activation="gelu")
+    assert y.dtype == torch.bfloat16
+    assert relative_rms(y, composed_mlp(**inputs, activation="gelu")) <= 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_hidden_states_of_a_batch_do_not_exist_at_once(dtype, monkeypatch):
+    """What the kernels keep grows no further from some batch on, and nothing is allocated beside it."""
+    monkeypatch.setattr(native, "SHARE", MEGABYTE)
+    monkeypatch.setattr(native, "ACTIVATED_BYTES", MEGABYTE // 8)
+    kept = []
+    for B in (64, 256):
+        monkeypatch.setattr(native.kernel, "_memory", native.kernel._Memory())
+        inputs = mlp_inputs(B, 20, 3, gated=True, dtype=dtype, d=64, h=1024, out=64)
+        with torch.no_grad():
+            peak, _, y = peak_bytes(lambda inputs=inputs: merged_mlp(**inputs, activation="gelu"))
+        kept.append(peak - y.nbytes)
+    hidden = 64 * 20 * 1024 * 4
+    assert max(kept) <= 8 * MEGABYTE < 2 * hidden
+    assert kept[1] - kept[0] <= (256 - 64) * 1024
 
 
 # --- layouts ---
@@ -327,8 +442,6 @@ def test_any_group_and_slab_give_the_same(strategy, group, rows):
 
 
 # --- memory ---
-
-MEGABYTE = 1 << 20
 
 
 def materialising(x, stack, routing_weights, bias=None, activation=None, strategy=""):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .activations import lookup
 from .errors import InputError
 from .linears import weight_of
@@ -264,10 +265,13 @@ class FastWEMoEMLP(nn.Module):
 
     def _transform(self, x: Tensor, weights: Tensor) -> Tensor:
         nonzero = None if self.batch_reduce else self.router.normalization.top_k
-        if self.gate is None:
-            hidden = self.up(x, weights, self.activation, self.strategy, nonzero)
-        else:
-            hidden = self.up.gated_by(self.gate, x, weights, self.activation, self.strategy, nonzero)
+        if not any(_has_hooks(part) for part in (self.up, self.down, self.gate) if part is not None):
+            up, down = self.up.tensors, self.down.tensors
+            gate = None if self.gate is None else self.gate.tensors
+            return ops.merged_mlp(x, up, down, weights, gate, self.activation, self.strategy, nonzero=nonzero)
+        hidden = self.up(x, weights, self.activation if self.gate is None else None, self.strategy, nonzero)
+        if self.gate is not None:
+            hidden = hidden * self.gate(x, weights, self.activation, self.strategy, nonzero)
         return self.down(hidden, weights, None, self.strategy, nonzero)
 
     def _route(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -317,6 +321,11 @@ class FastWEMoEMLP(nn.Module):
         if self.strategy != "auto":
             parts.append(f"strategy={self.strategy!r}")
         return ", ".join(parts)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for this module to be called, or has replaced what calling it does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _by_itself(tokens: Tensor) -> Tensor:

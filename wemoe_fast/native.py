@@ -6,44 +6,60 @@ it, and 16-bit numbers are widened there. A token's products depend neither on t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from . import chunked
 from .activations import lookup
 from .kernels import native as kernel
-from .plan import WORKSPACE_BYTES, Plan, choose, tokens_in_a_quarter
-from .slabs import Gradients, coefficients, finish, spans, wide
+from .plan import WORKSPACE_BYTES, Plan, choose
+from .slabs import Gradients, coefficients, finish, spans
 
+SHARE = WORKSPACE_BYTES // 5
+"""What each of these may take: packed tokens, sums, and what lies between the linears of an MLP."""
+WIDTH = 768
+"""Columns computed at once, and numbers of a token packed at once, where not all of them leave room for all tokens."""
+STEP = 256
+"""What pieces of columns and of numbers are a multiple of."""
 ACTIVATED_BYTES = WORKSPACE_BYTES // 16
-"""What of a result is computed before it is activated: it is in cache then, and may need three temporaries as large."""
+"""What is activated at once: it may need three temporaries as large."""
+
+Linear = tuple[Tensor, Tensor | None]
+"""Stack [1+T, h, d] and bias [1+T, h] of a merged linear."""
 
 
 def forward(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, plan: Plan
 ) -> Tensor:
     """act(x_b W_b^T + c_b): x [B, N, d], routing_weights [B, T] or [1, T] -> [B, N, h] in the dtype of x."""
-    B, N, _ = x.shape
     h = stack.shape[1]
-    y = x.new_empty(B, N, h)
-    x, stack = _side_by_side(x), stack.contiguous()
-    coefficient = coefficients(routing_weights, B, plan.compute_dtype).contiguous()
-    if bias is not None:
-        bias = bias.to(coefficient.dtype).contiguous()
-    act = lookup(activation)
+    y = x.new_empty(*x.shape[:2], h)
+    for here, tokens in _blocks(x, routing_weights, plan, min(h, WIDTH)):
+        for columns in tokens.columns(h):
+            tokens.linear((stack, bias), columns, activation).store(y[here][:, :, columns])
+    return y
 
-    def multiply(columns: slice) -> None:
-        kernel.merged_product(x, stack, coefficient, bias, y, columns, most=plan.rows, threads=plan.workers)
 
-    if activation == "none" or y.nbytes <= ACTIVATED_BYTES:
-        multiply(slice(0, h))
-        return act(y)
-    parts = plan.rows * plan.workers
-    width = parts * max(1, ACTIVATED_BYTES * h // (y.nbytes * parts))
-    for columns in spans(h, width):
-        multiply(columns)
-        for tokens in spans(N, tokens_in_a_quarter(4 * B * width, wide(x.dtype))):
-            y[:, tokens, columns] = act(y[:, tokens, columns])
+def mlp(
+    x: Tensor, up: Linear, gate: Linear | None, down: Linear, routing_weights: Tensor, activation: str, plan: Plan
+) -> Tensor:
+    """down(act(up(x))), with a gate down(act(gate(x)) * up(x)): x [B, N, d] -> [B, N, d'] in the dtype of x.
+
+    Of the hidden states between the linears some columns exist at a time, in the dtype that is computed with: they are
+    multiplied with their part of ``down`` at once.
+    """
+    (stack, bias), h, J = down, up[0].shape[1], down[0].shape[1]
+    y = x.new_empty(*x.shape[:2], J)
+    for here, tokens in _blocks(x, routing_weights, plan, max(J, min(h, WIDTH))):
+        sums = tokens.sums(slice(0, J), "sums of the MLP")
+        for columns in tokens.columns(h):
+            hidden = tokens.linear(up if gate is None else gate, columns, activation)
+            if gate is not None:
+                hidden.numbers.mul_(tokens.linear(up, columns, role="sums beside the gate").numbers)
+            sums.add(tokens.packed(hidden), stack[:, :, columns], tokens.wide(bias))
+        sums.store(y[here])
     return y
 
 
@@ -63,16 +79,18 @@ def backward(
     need_x, need_stack, need_weights, need_bias = needs
     B, _, d = x.shape
     h = stack.shape[1]
-    stack, dy = stack.contiguous(), _side_by_side(dy)
     coefficient = coefficients(routing_weights, B, plan.compute_dtype).contiguous()
     dx = d_coefficient = d_stack = None
     if need_x:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        kernel.merged_product(dy, stack, coefficient, None, dx, slice(0, d), lies=True, threads=plan.workers)
+        for here, tokens in _blocks(dy, routing_weights, plan, min(d, WIDTH), lies=True):
+            for columns in tokens.columns(d):
+                tokens.linear((stack, None), columns).store(dx[here][:, :, columns])
     if need_weights:
         sums = kernel.merged_product_dw(
-            dy, _side_by_side(x), stack, plan.compute_dtype, slice(0, h), most=plan.rows, threads=plan.workers
-        )
+            _side_by_side(dy), _side_by_side(x), stack.contiguous(), plan.compute_dtype, slice(0, h), most=plan.rows,
+            threads=plan.workers,
+        )  # fmt: skip
         d_coefficient = sums.to(coefficient.dtype)
     if need_stack:
         slabs = choose(x, stack, routing_weights, "chunked", backward=True)
@@ -80,6 +98,64 @@ def backward(
     return finish(dy, stack, routing_weights, bias, coefficient, need_bias, dx, d_stack, d_coefficient)
 
 
+class _Tokens:
+    """Tokens x [B, N, K] of some samples with their coefficients [B, 1+T], to be multiplied with stacks."""
+
+    def __init__(self, x: Tensor, coefficient: Tensor, threads: int, lies: bool = False) -> None:
+        self._x, self._coefficient, self._lies = _side_by_side(x), coefficient, lies
+        self._threads = threads
+        room = SHARE // coefficient.element_size() // (x.shape[0] * x.shape[1])
+        self._most = max(1, room // STEP) * STEP
+        self._whole: kernel.Packed | None = None
+
+    def columns(self, h: int) -> Iterator[slice]:
+        """Parts of h columns for which there is room, equal but for what they are a multiple of."""
+        return spans(h, -(-kernel.even(h, self._most) // STEP) * STEP)
+
+    def linear(self, linear: Linear, columns: slice, activation: str = "none", role: str = "sums") -> kernel.Sums:
+        """act(x_b W_b^T + c_b), x_b W_b + c_b where the stack ``lies``, for some columns."""
+        stack, bias = _side_by_side(linear[0]), self.wide(linear[1])
+        sums = self.sums(columns, role)
+        for part in spans(self._x.shape[2], self._most):
+            sums.add(self._part(part), stack[:, part] if self._lies else stack[:, :, part], bias)
+        if activation != "none":
+            act = lookup(activation)
+            for numbers in sums.numbers.split(max(1, ACTIVATED_BYTES // sums.numbers.element_size())):
+                numbers.copy_(act(numbers))
+        return sums
+
+    def sums(self, columns: slice, role: str) -> kernel.Sums:
+        return kernel.Sums(self._coefficient, self._x.shape[1], columns, threads=self._threads, role=role)
+
+    def packed(self, x: Tensor | kernel.Sums, role: str = "packed sums") -> kernel.Packed:
+        """Tokens of these samples for products."""
+        dtype, experts = self._coefficient.dtype, self._coefficient.shape[1]
+        return kernel.Packed(x, dtype, experts, lies=self._lies, threads=self._threads, role=role)
+
+    def wide(self, bias: Tensor | None) -> Tensor | None:
+        """The bias as it is computed with."""
+        return None if bias is None else bias.to(self._coefficient.dtype).contiguous()
+
+    def _part(self, part: slice) -> kernel.Packed:
+        """Some numbers of the tokens; packed once where there is room for all of them."""
+        packed = self._whole or self.packed(self._x[:, :, part], "packed")
+        if self._most >= self._x.shape[2]:
+            self._whole = packed
+        return packed
+
+
+def _blocks(
+    x: Tensor, routing_weights: Tensor, plan: Plan, J: int, lies: bool = False
+) -> Iterator[tuple[tuple[slice, slice], _Tokens]]:
+    """(samples, tokens) of x [B, N, K] and what is there, as many at once as leave room for sums of J columns."""
+    B, N, K = x.shape
+    coefficient = coefficients(routing_weights, B, plan.compute_dtype).contiguous()
+    most = max(1, SHARE // coefficient.element_size() // max(J, min(K, WIDTH)))
+    for samples in spans(B, kernel.even(B, most // N)):
+        for tokens in spans(N, kernel.even(N, most)):
+            yield (samples, tokens), _Tokens(x[samples, tokens], coefficient[samples], plan.workers, lies)
+
+
 def _side_by_side(x: Tensor) -> Tensor:
-    """x [B, N, d] with the numbers of a token next to each other."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """x [..., n] with the numbers of its last dimension next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()

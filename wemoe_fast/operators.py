@@ -19,7 +19,7 @@ from . import token_mean as tokens_of
 from .normalization import Normalization
 from .plan import Plan, choose
 
-_STRATEGIES: dict[str, Any] = {"chunked": chunked, "native": native, "factored": factored}
+_STRATEGIES: dict[str, Any] = {"shared": chunked, "chunked": chunked, "native": native, "factored": factored}
 
 
 def _as_given(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +72,34 @@ def merged_gated_linear(
         x, up_stack, routing, up_bias, activation, strategy, normalization, nonzero, cu_seqlens, max_seqlen,
         gate_stack, gate_bias,
     )  # fmt: skip
+
+
+@torch.library.custom_op("wemoe_fast::merged_mlp", mutates_args=())
+@_as_given
+def merged_mlp(
+    x: Tensor,
+    up_stack: Tensor,
+    down_stack: Tensor,
+    routing: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_stack: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    strategy: str,
+    nonzero: int | None,
+) -> Tensor:
+    """See ``ops.merged_mlp``; without gradients of its own."""
+    if x.numel() and up_stack.numel() and down_stack.numel():
+        plan = choose(x, up_stack, routing, strategy, kept=nonzero)
+        if plan.strategy == "native":
+            gate = None if gate_stack is None else (gate_stack, gate_bias)
+            tokens = _as_one_sample(x) if _one_weight(routing, plan) else x
+            y = native.mlp(tokens, (up_stack, up_bias), gate, (down_stack, down_bias), routing, activation, plan)
+            return y.view(*x.shape[:2], down_stack.shape[1])
+    settings = (strategy, Normalization().code, nonzero, None, 0)
+    hidden = _merged(x, up_stack, routing, up_bias, activation, *settings, gate_stack, gate_bias)
+    return _merged(hidden, down_stack, routing, down_bias, "none", *settings)
 
 
 def _merged(
@@ -168,10 +196,9 @@ def _plan(
 def _forward(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, plan: Plan
 ) -> Tensor:
-    if plan.strategy == "shared":
-        y = chunked.forward(_as_one_sample(x), stack, routing_weights, bias, activation, plan)
-        return y.view(x.shape[0], x.shape[1], stack.shape[1])
-    return _STRATEGIES[plan.strategy].forward(x, stack, routing_weights, bias, activation, plan)
+    tokens = _as_one_sample(x) if _one_weight(routing_weights, plan) else x
+    y: Tensor = _STRATEGIES[plan.strategy].forward(tokens, stack, routing_weights, bias, activation, plan)
+    return y.view(x.shape[0], x.shape[1], stack.shape[1])
 
 
 def _backward(
@@ -183,11 +210,9 @@ def _backward(
     need: tuple[bool, bool, bool, bool],
     plan: Plan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    if plan.strategy == "shared":
-        rows = _as_one_sample(dy), _as_one_sample(x)
-        dx, d_stack, d_weights, d_bias = chunked.backward(*rows, stack, routing_weights, bias, need, plan)
-        return None if dx is None else dx.view(x.shape), d_stack, d_weights, d_bias
-    return _STRATEGIES[plan.strategy].backward(dy, x, stack, routing_weights, bias, need, plan)
+    tokens = (_as_one_sample(dy), _as_one_sample(x)) if _one_weight(routing_weights, plan) else (dy, x)
+    dx, *others = _STRATEGIES[plan.strategy].backward(*tokens, stack, routing_weights, bias, need, plan)
+    return None if dx is None else dx.view(x.shape), *others
 
 
 @merged_linear.register_fake
@@ -198,6 +223,11 @@ def _(x: Any, stack: Any, *_arguments: Any) -> Any:
 @merged_gated_linear.register_fake
 def _(x: Any, gate_stack: Any, *_arguments: Any) -> Any:
     return x.new_empty(*x.shape[:-1], gate_stack.shape[1])
+
+
+@merged_mlp.register_fake
+def _(x: Any, up_stack: Any, down_stack: Any, *_arguments: Any) -> Any:
+    return x.new_empty(*x.shape[:-1], down_stack.shape[1])
 
 
 @merged_linear_backward.register_fake
@@ -331,6 +361,11 @@ def _differentiate_token_mean(ctx: Any, grad: Tensor) -> Any:
 
 
 token_mean.register_autograd(_differentiate_token_mean, setup_context=_save_token_mean)
+
+
+def _one_weight(routing_weights: Tensor, plan: Plan) -> bool:
+    """Whether all tokens of the batch are done as one sample's, with the one weight they share."""
+    return plan.strategy == "shared" or (plan.strategy == "native" and routing_weights.shape[0] == 1)
 
 
 def _as_one_sample(x: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from .checks import check_merged_linear, check_route
 from .normalization import Normalization
 
 IDENTITY = Normalization()
+Linear = tuple[Tensor, Tensor | None]
+"""Stack [1+T, h, d] and bias [1+T, h] of a merged linear."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,60 @@ def merged_gated_linear(
     return operators.merged_gated_linear(
         x, gate_stack, up_stack, routing_weights, gate_bias, up_bias, activation or "none", strategy,
         normalization.code, nonzero, cu_seqlens, max_seqlen,
+    )  # fmt: skip
+
+
+def merged_mlp(
+    x: Tensor,
+    up: Linear,
+    down: Linear,
+    routing_weights: Tensor,
+    gate: Linear | None = None,
+    activation: str | None = None,
+    strategy: str = "auto",
+    *,
+    nonzero: int | None = None,
+) -> Tensor:
+    """down(act(up(x))), with a gate down(act(gate(x)) * up(x)), every linear merged with the same routing weights.
+
+    The same as one ``merged_linear`` (``merged_gated_linear``) after the other. Where nothing is learnt and the CPU
+    kernels run, no more of the hidden states exists at a time than fits a constant workspace.
+
+    Args:
+        x: [B, N, d].
+        up, gate: stack [1+T, h, d] and bias [1+T, h] or None.
+        down: stack [1+T, d', h] and bias [1+T, d'] or None.
+        routing_weights, activation, strategy, nonzero: as in ``merged_linear``.
+
+    Returns:
+        [B, N, d'] in the dtype of x.
+
+    Raises:
+        InputError: all shapes, dtypes, devices and names of up and gate, or of down, that do not fit, at once.
+    """
+    tensors = (x, routing_weights, *up, *down, *(gate or ()))
+    whole = strategy in ("auto", "native") and x.device.type == "cpu" and not _learning(*tensors)
+    if not whole:
+        if gate is None:
+            hidden = merged_linear(x, up[0], routing_weights, up[1], activation, strategy, nonzero=nonzero)
+        else:
+            hidden = merged_gated_linear(
+                x, gate[0], up[0], routing_weights, gate[1], up[1], activation, strategy, nonzero=nonzero
+            )
+        return merged_linear(hidden, down[0], routing_weights, down[1], None, strategy, nonzero=nonzero)
+    x = _autocast(x)
+    first = {"up": up} if gate is None else {"gate": gate, "up": up}
+    hidden = x.new_empty(()).expand(*x.shape[:-1], up[0].shape[-2])
+    for tokens, linears in ((x, first), (hidden, {"down": down})):
+        stacks = {f"{name} stack": stack for name, (stack, _) in linears.items()}
+        biases = {f"{name} bias": bias for name, (_, bias) in linears.items()}
+        check_merged_linear(
+            tokens, stacks, routing_weights, biases, activation, strategy, IDENTITY, nonzero, None, None, "merged_mlp"
+        )
+    gate_stack, gate_bias = gate or (None, None)
+    return operators.merged_mlp(
+        x, up[0], down[0], routing_weights, up[1], down[1], gate_stack, gate_bias, activation or "none", strategy,
+        nonzero,
     )  # fmt: skip
 
 

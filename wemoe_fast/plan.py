@@ -5,8 +5,8 @@ Elsewhere the model counts per sample, in units of a large product's time for on
 
 - ``chunked``:  ``TOKEN_COST`` N for the product, ``MERGE_COST`` (1+T) for merging, which is a skinny product (K = 1+T),
   and ``WRITE_COST`` for writing the merged weights and reading them again;
-- ``native``:   merged and multiplied in cache, where there is a C compiler: cheaper than any other up to
-  ``NATIVE_TOKENS``, but for many single tokens, ``NATIVE_SINGLES``;
+- ``native``:   merged and multiplied in cache, where there is a C compiler: cheaper than any other, but for many single
+  tokens, ``NATIVE_SINGLES``;
 - ``factored``: (1+T) N, all in large products;
 - ``shared``:   N; the one merged weight is spread over the whole batch.
 
@@ -34,12 +34,8 @@ STRATEGIES = ("auto", "reference", "shared", "chunked", "native", "fused", "fact
 TOKEN_COST, MERGE_COST, WRITE_COST = 1.15, 1.7, 23.0
 NATIVE_SINGLES = 80
 """From so many single tokens times 1+T on ``factored`` is cheaper than ``native``."""
-NATIVE_TOKENS = 320
-"""From so many tokens on float32 products are left to PyTorch's, which then gain more than merging in cache does."""
-NATIVE_TOKENS_ALONE = 1024
-"""The same for one sample by itself, where merging weighs most."""
 NATIVE_ROWS = 384
-"""The CPU kernels are given parts of so many rows at least."""
+"""The CPU kernels are given parts of so many rows at least, where the gradient of the routing weights is computed."""
 GROUP = 8
 MANY_TOKENS = 128
 """From so many tokens on merging weighs less than packing x again for every slab: half a group, slabs twice as high."""
@@ -121,7 +117,8 @@ def choose(
     one_weight = routing_weights.shape[0] == 1
     if not one_weight and x.device.type == "cuda" and _obstacle("fused", x, stack) is None:
         return _cheapest(x, stack, B, N, kept or T, backward)
-    in_cache = (B == 1 or not one_weight) and _worthwhile(x, B, N) and _obstacle("native", x, stack) is None
+    # The CPU kernels compute in float32 or wider: they are not for CPUs that multiply 16-bit numbers.
+    in_cache = compute_dtype(x).itemsize > 2 and _obstacle("native", x, stack) is None
     if one_weight:
         strategy = "native" if in_cache else "shared"
         return _sized(strategy, "one merged weight serves the whole batch", x, stack, B, N, backward)
@@ -144,12 +141,6 @@ def _obstacle(strategy: str, x: Tensor, stack: Tensor) -> str | None:
     if strategy != "native":
         return None
     return native.why_not(x.dtype, stack.dtype) if x.device.type == "cpu" else f"expected a CPU, found {x.device}"
-
-
-def _worthwhile(x: Tensor, B: int, N: int) -> bool:
-    """Whether the CPU kernels win; they compute in float32 or wider: not where the CPU multiplies 16-bit numbers."""
-    dtype, end = compute_dtype(x), NATIVE_TOKENS if B > 1 else NATIVE_TOKENS_ALONE
-    return dtype.itemsize > 2 and (end > N or dtype != x.dtype)
 
 
 def _cheapest(x: Tensor, stack: Tensor, B: int, N: int, kept: int, backward: bool) -> Plan:
@@ -180,8 +171,8 @@ def _sized(strategy: str, reason: str, x: Tensor, stack: Tensor, B: int, N: int,
     # Forward the workers share the slabs, backward, where slabs add up, the groups.
     workers = worker_count(x.device) if B * (N + 1 + T) * h * d >= WORTH_SHARING else 1
     if strategy == "native":
-        # PyTorch's own threads. Several parts for each, so that all end together, but none that is lower: every part
-        # reads all of x.
+        # PyTorch's own threads. Several parts for each where gradients are computed, so that all end together, but none
+        # that is lower: every part reads all of x.
         workers = torch.get_num_threads() if workers > 1 else 1
         parts = workers * max(1, h // (workers * NATIVE_ROWS))
         return Plan(strategy, 1, -(-h // (parts * 32)) * 32, wide(x.dtype), reason, workers)

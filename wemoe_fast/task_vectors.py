@@ -91,6 +91,11 @@ class MergedLinear(nn.Module):
         """The base's weight [h, d], for models that read dtype, device or shape of their linears."""
         return self.stack[0]
 
+    @property
+    def tensors(self) -> ops.Linear:
+        """(stack, bias), as ``ops.merged_mlp`` takes them."""
+        return self.stack, self.bias
+
     def forward(
         self,
         x: Tensor,
@@ -101,20 +106,6 @@ class MergedLinear(nn.Module):
     ) -> Tensor:
         """x [B, N, d], routing_weights [B, T] or [1, T] -> [B, N, h]; see ``ops.merged_linear``."""
         return ops.merged_linear(x, self.stack, routing_weights, self.bias, activation, strategy, nonzero=nonzero)
-
-    def gated_by(
-        self,
-        gate: MergedLinear,
-        x: Tensor,
-        routing_weights: Tensor,
-        activation: str | None = None,
-        strategy: str = "auto",
-        nonzero: int | None = None,
-    ) -> Tensor:
-        """act(gate(x)) * self(x); see ``ops.merged_gated_linear``."""
-        return ops.merged_gated_linear(
-            x, gate.stack, self.stack, routing_weights, gate.bias, self.bias, activation, strategy, nonzero=nonzero
-        )
 
     def extra_repr(self) -> str:
         experts, h, d = self.stack.shape
