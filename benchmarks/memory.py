@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from wemoe_fast.kernels import native
+
 PROCESS = Path("/proc/self")
 
 
@@ -28,7 +30,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Peak of one call beyond what was there before; None where the system cannot tell (the CPU, but for Linux)."""
+    """Peak of one call beyond what was there before; None where the system cannot tell (the CPU, but for Linux).
+
+    What the CPU kernels keep from call to call counts as the call's.
+    """
     gc.collect(1)  # what calls before left in cycles; the old generation takes long
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -38,6 +43,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    native.release()
     before_call = _reset_peak()
     run()
     return None if before_call is None else _field(PROCESS / "status", "VmHWM") - before_call

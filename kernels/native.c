@@ -429,12 +429,12 @@ static void product_of_rows(const product_task *task, long j, long width, real *
   }
 }
 
-/* sums[b, n, j - first] += sum_k x[b, n, k] W_b[k, j] for j from `first` to `last`, which unless it `adds` begin with
+/* sums[b, n, j - first] += sum_k x[b, n, k] W_b[k, j] for j from `first` to `last`; unless it `adds` they begin with
    sum_t w[b, t] bias[t, j], or without bias with nothing.
 
-   x [B, N, K] has been packed; bias [T1, J] with strides bt, 1, or null; stack [T1, J, K], or [T1, K, J] where it `lies`, with strides size, pitch, 1, stored as
-   stack_kind; w [B, T1]. A tile of W has `panels` * NR columns and `reach` rows; a sum is added to every `depth`
-   numbers, of which `reach` is a multiple. Both are multiples of NR. */
+   x [B, N, K] has been packed; w [B, T1]; bias [T1, J] with strides bt, 1, or null; stack [T1, J, K], or [T1, K, J]
+   where it `lies`, with strides size, pitch, 1, stored as stack_kind. A tile of W has `panels` * NR columns and `reach`
+   rows; a sum is added to every `depth` numbers, of which `reach` is a multiple. Both are multiples of NR. */
 void merged_product(product_task *task) {
   const long across = task->panels * NR;
   real *workspace = task->workspace + next(&task->threads) * task->room;
@@ -457,7 +457,7 @@ void store_sums(product_task *task) {
   }
 }
 
-/* sums[t] += <o, s[t]> over a block: o [NR, NR] with rows OUTER_COLUMNS apart, s [NR, T1, NR] from some t on. */
+/* sums[t] += <o, s[t]> over a block: o [NR, NR], s [NR, T1, NR] from some t on. */
 INLINE void inner(const int count, long T1, const real *o, const real *s, vec *sums) {
   vec low[5], high[5];
 #pragma GCC unroll 5

@@ -130,8 +130,16 @@ class _Memory(threading.local):
                 kept = self._kept[role, dtype] = torch.empty(numbers, dtype=dtype)
         return kept[:numbers]
 
+    def release(self) -> None:
+        self._kept.clear()
+
 
 _memory = _Memory()
+
+
+def release() -> None:
+    """Give back the memory that products of this thread have kept."""
+    _memory.release()
 
 
 class Packed:

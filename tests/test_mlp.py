@@ -289,6 +289,21 @@ def test_whoever_waits_for_a_part_of_it_is_called(part, make):
     assert calls == ["after", "before", "instead"]
 
 
+@pytest.mark.parametrize("make", [plain_mlp, lambda: GatedMLP(13, 21)], ids=["plain", "gated"])
+def test_compiled_and_exported_without_gradients_it_is_one_operation(make):
+    layer = layer_of(make, dtype=torch.float32).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(5, 20, 13),), dynamic_shapes=shapes)
+        for B in (5, 9):
+            x = torch.randn(B, 20, 13)
+            assert relative_rms(compiled(x), layer(x)) <= 1e-6
+            assert relative_rms(exported.module()(x), layer(x)) <= 1e-6
+    assert "wemoe_fast.merged_mlp.default" in {str(node.target) for node in exported.graph.nodes}
+
+
 @pytest.mark.parametrize("batch_reduce", [False, True])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_routing_weights(depth, batch_reduce):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,6 +177,24 @@ def test_gradients_of_more_tokens_than_are_under_way_at_once(tokens, monkeypatch
     x, dy, stack, w, bias = operands(7, 70, 24, 40, 3)
     monkeypatch.setattr(native, "GRADIENT_BYTES", tokens * (rows + columns) * 4)
     assert_exact(x, dy, stack, w, bias)
+
+
+def test_what_products_keep_can_be_given_back(monkeypatch):
+    """Kept by each thread for itself, as large as the largest yet."""
+    monkeypatch.setattr(native, "_memory", native._Memory())
+    small, large = operands(1, 3, 20, 30, 2), operands(5, 9, 40, 50, 2)
+    found, sizes = [], []
+    for x, dy, stack, w, bias in (small, large, small):
+        found.append(torch.empty_like(dy))
+        product(x, stack, w, bias, found[-1])
+        sizes.append(sum(t.nbytes for t in native._memory._kept.values()))
+    assert 0 < sizes[0] < sizes[1] == sizes[2]
+    assert torch.equal(found[0], found[2])
+    with ThreadPoolExecutor(1) as other:
+        assert not other.submit(lambda: native._memory._kept).result()
+    native.release()
+    assert not native._memory._kept
+    product(*small[:1], *small[2:], torch.empty_like(small[1]))
 
 
 @pytest.mark.parametrize("share", [1, 60_000, 300_000, 1_000_000])

@@ -597,6 +597,17 @@ def test_opcheck_merged_linear(strategy, bias):
     opcheck(torch.ops.wemoe_fast.merged_linear.default, *frozen, "gelu", strategy, *SETTINGS)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("strategy", ["auto", "chunked"])
+def test_opcheck_merged_mlp(strategy, gated, rows):
+    inputs = mlp_inputs(3, 4, 2, gated=gated, rows=rows, dtype=torch.float32)
+    (up, up_bias), (down, down_bias), (gate, gate_bias) = inputs["up"], inputs["down"], inputs["gate"] or (None, None)
+    tensors = (inputs["x"], up, down, inputs["routing_weights"], up_bias, down_bias, gate, gate_bias)
+    frozen = [None if t is None else t.detach() for t in tensors]
+    opcheck(torch.ops.wemoe_fast.merged_mlp.default, *frozen, "gelu", strategy, None)
+
+
 @pytest.mark.parametrize("strategy", ["chunked", "factored", "shared"])
 def test_opcheck_merged_linear_backward(strategy):
     inputs = [t.detach() for t in merged_inputs(3, 4, 2, rows=rows_for(strategy, 3)).values()]
