@@ -229,9 +229,9 @@ def test_the_hidden_states_of_a_batch_do_not_exist_at_once(dtype, monkeypatch):
     monkeypatch.setattr(native, "SHARE", MEGABYTE)
     monkeypatch.setattr(native, "ACTIVATED_BYTES", MEGABYTE // 8)
     kept = []
-    for B in (64, 256):
+    for B, N in ((64, 20), (256, 20), (1, 5120)):
         monkeypatch.setattr(native.kernel, "_memory", native.kernel._Memory())
-        inputs = mlp_inputs(B, 20, 3, gated=True, dtype=dtype, d=64, h=1024, out=64)
+        inputs = mlp_inputs(B, N, 3, gated=True, dtype=dtype, d=64, h=1024, out=64)
         with torch.no_grad():
             peak, _, y = peak_bytes(lambda inputs=inputs: merged_mlp(**inputs, activation="gelu"))
         kept.append(peak - y.nbytes)
