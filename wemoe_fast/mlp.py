@@ -325,7 +325,7 @@ class FastWEMoEMLP(nn.Module):
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody waits for this module to be called, or has replaced what calling it does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _by_itself(tokens: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class RouterParameters:
     hidden_bias: Tensor | None = None
 
     def to_dict(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        names = ("output_bias", "output_weight", "hidden_weight", "hidden_bias")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def route(
