@@ -349,7 +349,7 @@ def test_many_single_tokens_are_left_to_products_with_every_task_vector():
 
 
 def test_one_weight_for_a_batch_is_merged_once(monkeypatch):
-    """As for one sample that has all tokens; as a whole MLP and by itself, and its gradients."""
+    """As for one sample that has all tokens; and its gradients."""
     inputs = merged_inputs(5, 30, 3, d=40, h=50)
     inputs["routing_weights"] = inputs["routing_weights"].detach()[:1].requires_grad_()
     seen = []

@@ -215,6 +215,18 @@ def test_merged_mlp_refuses_everything_that_does_not_fit():
         merged_mlp(**inputs)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "native", "chunked"])
+def test_merged_mlp_of_strided_stacks(strategy):
+    inputs = mlp_inputs(4, 50, 3, gated=True)
+    for name in ("up", "down", "gate"):
+        stack, bias = inputs[name]
+        inputs[name] = stack.mT.contiguous().mT, bias
+        assert not inputs[name][0].is_contiguous()
+    with torch.no_grad():
+        y = merged_mlp(**inputs, activation="gelu", strategy=strategy)
+    assert relative_rms(y, composed_mlp(**inputs, activation="gelu")) <= EXACT
+
+
 def test_merged_mlp_under_autocast():
     inputs = mlp_inputs(4, 50, 3, dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

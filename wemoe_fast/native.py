@@ -15,7 +15,7 @@ from . import chunked
 from .activations import lookup
 from .kernels import native as kernel
 from .plan import WORKSPACE_BYTES, Plan, choose
-from .slabs import Gradients, coefficients, finish, spans
+from .slabs import Gradients, Linear, coefficients, finish, spans
 
 SHARE = WORKSPACE_BYTES // 5
 """What each of these may take: packed tokens, sums, and what lies between the linears of an MLP."""
@@ -26,15 +26,12 @@ STEP = 256
 ACTIVATED_BYTES = WORKSPACE_BYTES // 16
 """What is activated at once: it may need three temporaries as large."""
 
-Linear = tuple[Tensor, Tensor | None]
-"""Stack [1+T, h, d] and bias [1+T, h] of a merged linear."""
-
 
 def forward(
     x: Tensor, stack: Tensor, routing_weights: Tensor, bias: Tensor | None, activation: str, plan: Plan
 ) -> Tensor:
     """act(x_b W_b^T + c_b): x [B, N, d], routing_weights [B, T] or [1, T] -> [B, N, h] in the dtype of x."""
-    h = stack.shape[1]
+    stack, h = _side_by_side(stack), stack.shape[1]
     y = x.new_empty(*x.shape[:2], h)
     for here, tokens in _blocks(x, routing_weights, plan, min(h, WIDTH)):
         for columns in tokens.columns(h):
@@ -50,7 +47,8 @@ def mlp(
     Of the hidden states between the linears some columns exist at a time, in the dtype that is computed with: they are
     multiplied with their part of ``down`` at once.
     """
-    (stack, bias), h, J = down, up[0].shape[1], down[0].shape[1]
+    up, gate = (_side_by_side(up[0]), up[1]), gate and (_side_by_side(gate[0]), gate[1])
+    stack, bias, h, J = _side_by_side(down[0]), down[1], up[0].shape[1], down[0].shape[1]
     y = x.new_empty(*x.shape[:2], J)
     for here, tokens in _blocks(x, routing_weights, plan, max(J, min(h, WIDTH))):
         sums = tokens.sums(slice(0, J), "sums of the MLP")
@@ -79,7 +77,7 @@ def backward(
     need_x, need_stack, need_weights, need_bias = needs
     B, _, d = x.shape
     h = stack.shape[1]
-    coefficient = coefficients(routing_weights, B, plan.compute_dtype).contiguous()
+    stack, coefficient = stack.contiguous(), coefficients(routing_weights, B, plan.compute_dtype).contiguous()
     dx = d_coefficient = d_stack = None
     if need_x:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -88,7 +86,7 @@ def backward(
                 tokens.linear((stack, None), columns).store(dx[here][:, :, columns])
     if need_weights:
         sums = kernel.merged_product_dw(
-            _side_by_side(dy), _side_by_side(x), stack.contiguous(), plan.compute_dtype, slice(0, h), most=plan.rows,
+            _side_by_side(dy), _side_by_side(x), stack, plan.compute_dtype, slice(0, h), most=plan.rows,
             threads=plan.workers,
         )  # fmt: skip
         d_coefficient = sums.to(coefficient.dtype)
@@ -114,7 +112,7 @@ class _Tokens:
 
     def linear(self, linear: Linear, columns: slice, activation: str = "none", role: str = "sums") -> kernel.Sums:
         """act(x_b W_b^T + c_b), x_b W_b + c_b where the stack ``lies``, for some columns."""
-        stack, bias = _side_by_side(linear[0]), self.wide(linear[1])
+        stack, bias = linear[0], self.wide(linear[1])
         sums = self.sums(columns, role)
         for part in spans(self._x.shape[2], self._most):
             sums.add(self._part(part), stack[:, part] if self._lies else stack[:, :, part], bias)

@@ -17,10 +17,9 @@ from . import operators, packed, reference
 from .activations import lookup
 from .checks import check_merged_linear, check_route
 from .normalization import Normalization
+from .slabs import Linear
 
 IDENTITY = Normalization()
-Linear = tuple[Tensor, Tensor | None]
-"""Stack [1+T, h, d] and bias [1+T, h] of a merged linear."""
 
 
 @dataclass(frozen=True)

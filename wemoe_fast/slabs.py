@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Linear = tuple[Tensor, Tensor | None]
+"""Stack [1+T, h, d] and bias [1+T, h] of a merged linear."""
 
 
 def coefficients(routing_weights: Tensor, samples: int, dtype: torch.dtype) -> Tensor:

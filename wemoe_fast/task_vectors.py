@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import InputError
 from .linears import bias_of, weight_of
+from .slabs import Linear
 
 
 def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -92,7 +93,7 @@ class MergedLinear(nn.Module):
         return self.stack[0]
 
     @property
-    def tensors(self) -> ops.Linear:
+    def tensors(self) -> Linear:
         """(stack, bias), as ``ops.merged_mlp`` takes them."""
         return self.stack, self.bias
 
