@@ -23,6 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from . import ACTIVATIONS
+
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 KINDS = {torch.bfloat16: 1, torch.float16: 2}
@@ -49,7 +51,7 @@ class _ProductTask(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "stack", "w", "bias", "y", "packed", "sums", "workspace")),
         *((name, ctypes.c_long) for name in (
             "B", "N", "K", "T1", "xb", "xn", "x_kind", "size", "pitch", "stack_kind", "lies", "yb", "yn", "y_kind",
-            "bt", "first", "last", "panels", "depth", "reach", "adds", "room", "threads", "parts",
+            "bt", "first", "last", "panels", "depth", "reach", "adds", "activation", "room", "threads", "parts",
         )),
     ]  # fmt: skip
 
@@ -105,6 +107,11 @@ def why_not(x: torch.dtype, stack: torch.dtype) -> str | None:
     if torch.float16 in (x, stack) and not found.float16:
         return "the C compiler does not know float16"
     return None
+
+
+def activates(activation: str, real: torch.dtype) -> bool:
+    """Whether products that compute in ``real`` apply this activation themselves."""
+    return activation == "none" or (real == torch.float32 and activation in ACTIVATIONS)
 
 
 def library(real: torch.dtype) -> Library:
@@ -185,12 +192,12 @@ class Sums:
         columns = _steps(self.shape[2], 1, found.columns)
         self.numbers = _memory.take(role, self.shape[0] * tokens * columns, found.real)
 
-    def add(self, x: Packed, stack: Tensor, bias: Tensor | None = None) -> None:
-        """x_b W_b^T with W_b = sum_t w_bt S_t, x_b W_b where x was packed for a stack that ``lies``.
+    def add(self, x: Packed, stack: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
+        """x_b W_b^T with W_b = sum_t w_bt S_t, x_b W_b where x was packed for a stack that ``lies``; then act(sums).
 
         stack [1+T, J, K], or [1+T, K, J], the last dimension side by side. The first product brings w_b bias with it,
         bias [1+T, J]. The order in which numbers are added up is that of one product where all x but the last are
-        multiples of 256 long.
+        multiples of 256 long. The activation is one that ``activates`` knows.
         """
         found, (panels, depth, reach), experts = self._found, x.tile, stack.shape[0]
         room = found.functions.product_room(_long(experts), _long(panels), _long(reach))
@@ -199,7 +206,7 @@ class Sums:
             stack=_at(stack), packed=_at(x.numbers), workspace=_at(workspace), w=_at(self._coefficient), bias=_at(bias),
             bt=0 if bias is None else bias.stride(0), K=x.shape[2], T1=experts, size=stack.stride(0),
             pitch=stack.stride(1), stack_kind=_kind(stack, found), lies=x.lies, panels=panels, depth=depth,
-            reach=reach, adds=self._adds, room=room,
+            reach=reach, adds=self._adds, activation=ACTIVATIONS.index(activation), room=room,
         )  # fmt: skip
         _together(found.functions.merged_product, task, self._threads)
         self._adds = True

@@ -12,8 +12,9 @@ from conftest import merged_inputs, relative_rms
 
 from wemoe_fast import native as native_strategy
 from wemoe_fast import plan
+from wemoe_fast.activations import lookup
 from wemoe_fast.errors import InputError
-from wemoe_fast.kernels import native
+from wemoe_fast.kernels import ACTIVATIONS, native
 from wemoe_fast.ops import merged_linear
 
 pytestmark = pytest.mark.skipif(
@@ -208,7 +209,9 @@ def test_no_more_room_than_there_is(share, dtype, monkeypatch):
     for bytes_each in (native_strategy.SHARE, share):
         monkeypatch.setattr(native_strategy, "SHARE", bytes_each)
         y = merged_linear(**inputs, strategy="native")
-        found.append((y, torch.autograd.grad(y, wanted, dy)[0]))
+        with torch.no_grad():
+            activated = merged_linear(**inputs, activation="gelu", strategy="native")
+        found.append((y, activated, torch.autograd.grad(y, wanted, dy)[0]))
     for whole, pieces in zip(*found, strict=True):
         assert torch.equal(whole, pieces)
 
@@ -294,7 +297,45 @@ def test_one_sample_by_itself_is_merged_as_in_a_batch(K):
     assert torch.equal(first[0], both[0])
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu"])
+def activated(numbers, activation):
+    """One token of one number: as many columns as there are numbers."""
+    J, one = numbers.shape[0], torch.ones(1, 1)
+    y = torch.empty(1, 1, J)
+    sums = native.Sums(one, 1, slice(0, J))
+    sums.add(native.Packed(one.view(1, 1, 1), torch.float32, 1), numbers.view(1, J, 1), None, activation)
+    sums.store(y)
+    return y.view(J)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
+def test_activations_are_as_exact_as_those_of_pytorch(activation, scale):
+    """Or exact but for rounding; no number by more than two units in its last place."""
+    x, act = scale * torch.randn(100_003), lookup(activation)
+    y, exact = activated(x, activation), act(x.double())
+    eps = torch.finfo(torch.float32).eps
+    assert relative_rms(y, exact) <= max(relative_rms(act(x), exact), eps / 2)
+    assert ((y - exact).abs() <= 2 * eps * x.abs()).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_the_largest_and_the_smallest(activation):
+    ends = [0.0, 1e-45, 1e-38, 13.0, 30.0, 87.0, 88.0, 89.0, 103.0, 105.0, 1e4, 1e20, 3.4e38, torch.inf]
+    x = torch.tensor([*ends, *(-end for end in ends), torch.nan])
+    y, expected = activated(x, activation), lookup(activation)(x)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_activations_in_float64_are_those_of_pytorch():
+    inputs = merged_inputs(2, 5, 3, dtype=torch.float64)
+    for activation in ACTIVATIONS:
+        with torch.no_grad():
+            y = merged_linear(**inputs, activation=activation, strategy="native")
+            assert relative_rms(y, merged_linear(**inputs, activation=activation, strategy="reference")) <= 1e-14
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "tanh", "mish"])
 @pytest.mark.parametrize("size", [1, 1 << 12, 1 << 20])
 def test_activated_in_pieces_or_as_a_whole(activation, size, monkeypatch):
     monkeypatch.setattr(native_strategy, "ACTIVATED_BYTES", size)

@@ -787,10 +787,11 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
+    """To the bit, or where the first pass is not recorded to the rounding of the kernels' own activation."""
     layer = Layer()
     x = torch.randn(5, 20, 13)
     again = layer_gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
-    assert_close(again, layer_gradients(layer, x), 0.0)
+    assert_close(again, layer_gradients(layer, x), 1e-6 if reentrant else 0.0)
 
 
 def test_functional_call():

@@ -113,10 +113,12 @@ class _Tokens:
     def linear(self, linear: Linear, columns: slice, activation: str = "none", role: str = "sums") -> kernel.Sums:
         """act(x_b W_b^T + c_b), x_b W_b + c_b where the stack ``lies``, for some columns."""
         stack, bias = linear[0], self.wide(linear[1])
-        sums = self.sums(columns, role)
-        for part in spans(self._x.shape[2], self._most):
-            sums.add(self._part(part), stack[:, part] if self._lies else stack[:, :, part], bias)
-        if activation != "none":
+        sums, K = self.sums(columns, role), self._x.shape[2]
+        inside = kernel.activates(activation, self._coefficient.dtype)
+        for part in spans(K, self._most):
+            then = activation if inside and part.stop == K else "none"
+            sums.add(self._part(part), stack[:, part] if self._lies else stack[:, :, part], bias, then)
+        if not inside:
             act = lookup(activation)
             for numbers in sums.numbers.split(max(1, ACTIVATED_BYTES // sums.numbers.element_size())):
                 numbers.copy_(act(numbers))
