@@ -211,6 +211,16 @@ class Sums:
         _together(found.functions.merged_product, task, self._threads)
         self._adds = True
 
+    def of_samples(self, samples: int, keep: Tensor | None = None) -> Tensor:
+        """[samples, columns]: added up over tokens, where each of these B = 1 is so many samples of equal length.
+
+        Tokens where ``keep`` [samples, tokens] is false do not count, whatever there is. Uses up the numbers.
+        """
+        numbers = self.numbers.view(-1, samples, self.shape[1] // samples, self._found.columns)
+        if keep is not None:
+            numbers.masked_fill_(~keep.unsqueeze(2), 0)
+        return numbers.sum(dim=2).transpose(0, 1).flatten(1)[:, : self.shape[2]]
+
     def store(self, y: Tensor) -> None:
         """y [B, N, columns of the span] = sums: the last dimension of y side by side."""
         task = self._task(y=_at(y), yb=y.stride(0), yn=y.stride(1), y_kind=_kind(y, self._found))

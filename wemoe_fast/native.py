@@ -15,7 +15,7 @@ from . import chunked
 from .activations import lookup
 from .kernels import native as kernel
 from .plan import WORKSPACE_BYTES, Plan, choose
-from .slabs import Gradients, Linear, coefficients, finish, spans
+from .slabs import Gradients, Linear, blocks, coefficients, finish, spans
 
 SHARE = WORKSPACE_BYTES // 5
 """What each of these may take: packed tokens, sums, and what lies between the linears of an MLP."""
@@ -59,6 +59,23 @@ def mlp(
             sums.add(tokens.packed(hidden), stack[:, :, columns], tokens.wide(bias))
         sums.store(y[here])
     return y
+
+
+def token_sums(x: Tensor, token_mask: Tensor | None, weight: Tensor, bias: Tensor, plan: Plan) -> Tensor:
+    """The router's hidden layer: sums over (unmasked) tokens of relu(x weight^T + bias).
+
+    x [B, N, d], token_mask [B, N], weight [m, d], bias [m] -> [B, m] in the dtype that is computed with.
+    """
+    (B, N, d), m = x.shape, weight.shape[0]
+    linear, one = (_side_by_side(weight).unsqueeze(0), bias.unsqueeze(0)), bias.new_ones(1, 1, dtype=plan.compute_dtype)
+    found = one.new_zeros(B, m)
+    for samples, some in blocks(B, N, max(1, SHARE // one.element_size() // max(min(m, WIDTH), min(d, WIDTH)))):
+        here = x[samples, some]
+        tokens = _Tokens(here.reshape(1, -1, d), one, plan.workers)
+        keep = None if token_mask is None else token_mask[samples, some]
+        for columns in tokens.columns(m):
+            found[samples, columns] += tokens.linear(linear, columns, "relu").of_samples(here.shape[0], keep)
+    return found
 
 
 def backward(

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import WORKSPACE_BYTES, compute_dtype
+from . import native
+from .plan import WORKSPACE_BYTES, choose, compute_dtype
 from .slabs import spans, wide
 
 
@@ -34,6 +35,10 @@ def forward(hidden: Tensor, token_mask: Tensor | None, weight: Tensor | None, bi
     A sample without tokens has mean 0.
     """
     width = hidden.shape[2] if weight is None else weight.shape[0]
+    if weight is not None and bias is not None and hidden.numel():
+        plan = choose(hidden, weight.unsqueeze(0), hidden.new_empty(1, 0))
+        if plan.strategy == "native":
+            return native.token_sums(hidden, token_mask, weight, bias, plan) / _counts(hidden, token_mask)
     sums = hidden.new_empty(hidden.shape[0], width, dtype=wide(hidden.dtype))
     dtype = compute_dtype(hidden)
     for group in spans(hidden.shape[0], _group(hidden, hidden.shape[2] + width)):
