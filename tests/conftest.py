@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Read as PyTorch is loaded: threads that wait busily are in the way of the tests beside them.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import torch
 from torch import Tensor
 
